@@ -1,0 +1,480 @@
+-- The life of a run: start, pause, resume, cancel, retry, rerun, and what happens when its last item is done.
+
+create or replace function pgharness._receipt(run_id bigint) returns pgharness.run_receipt
+    language sql stable security invoker set search_path = pgharness, pg_temp
+as $$
+    select (r.id, r.name, r.status, r.reason, r.note_count, r.grade_count)::run_receipt from runs as r where r.id = _receipt.run_id;
+$$;
+comment on function pgharness._receipt(bigint) is 'What a run control function answers about a run.';
+
+create or replace function pgharness._plan_run() returns trigger
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+begin
+    if new.rerun_of_id is not null then
+        select r.instance_id into new.instance_id from runs as r where r.id = new.rerun_of_id;
+    elsif new.instance_id is null then
+        new.instance_id := _instance_id(new.instance);
+    end if;
+    -- the lock makes two starts of one instance take two different default names
+    select i.name, coalesce(new.budget_usd, i.budget_usd) into new.instance, new.budget_usd
+      from instances as i where i.id = new.instance_id for no key update;
+    if new.name is null then
+        select new.instance || '/' || coalesce(max(substring(r.name from '/(\d{1,9})$')::integer), 0) + 1 into new.name
+          from runs as r where r.instance_id = new.instance_id and r.name like replace(replace(new.instance, '\', '\\'), '_', '\_') || '/%';
+    end if;
+    new.status := 'running';
+    new.activated_at := clock();
+    return new;
+end;
+$$;
+comment on function pgharness._plan_run() is 'Fill a new run''s instance by name or id, its name, and its budget.';
+
+create or replace function pgharness._freeze_run() returns trigger
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+declare
+    v_notes  bigint;
+    v_grades bigint;
+begin
+    if new.rerun_of_id is null then
+        perform _freeze_instance(new.id, new.instance_id);
+    else
+        perform _copy_definition(new.rerun_of_id, new.id);
+    end if;
+    select d.case_count::bigint * d.combination_count * cardinality(d.transcript_overlaps) * (d.definition ->> 'note_replications')::integer,
+           d.case_count::bigint * cardinality(d.transcript_overlaps) * (d.definition ->> 'note_replications')::integer
+               * (select sum(c.grades_per_note) from run_combinations as c where c.run_id = new.id)
+      into v_notes, v_grades
+      from run_definitions as d where d.run_id = new.id;
+    update runs as r set note_count = v_notes, grade_count = v_grades where r.id = new.id;
+    perform _defer_range(new.id, 'note', 0, v_notes - 1, _slice_size(v_notes));
+    return null;
+end;
+$$;
+comment on function pgharness._freeze_run() is 'Freeze what a new run uses, count its plan, and queue its notes: all in the transaction of the insert.';
+
+create or replace function pgharness._freeze_instance(run_id bigint, instance_id bigint) returns void
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+declare
+    v_instance   instances;
+    v_experiment experiments;
+    v_cases      integer;
+begin
+    select * into strict v_instance from instances as i where i.id = _freeze_instance.instance_id;
+    select * into strict v_experiment from experiments as e where e.id = v_instance.experiment_id;
+    -- a case or rubric that is being edited is waited for, and one edited later is refused
+    perform from cases as c where c.id in (select ic.case_id from instance_cases as ic where ic.instance_id = v_instance.id) for share;
+    perform from rubrics as r where r.case_id in (select ic.case_id from instance_cases as ic where ic.instance_id = v_instance.id) for share;
+    insert into run_cases (run_id, number, case_id, digest)
+    select _freeze_instance.run_id, row_number() over (order by c.id) - 1, c.id, c.digest
+      from instance_cases as ic join cases as c on c.id = ic.case_id
+     where ic.instance_id = v_instance.id;
+    get diagnostics v_cases = row_count;
+    if v_cases = 0 then
+        raise exception 'instance "%" has no cases', v_instance.name
+            using errcode = 'PH003', hint = format('Add some: select pgharness.add_cases(%L, eligible => true);', v_instance.name);
+    end if;
+    insert into run_combinations (run_id, number, name, combination_id, generator_id, generator, grader_id, grader, rubric_count, grade_replications)
+    select _freeze_instance.run_id, row_number() over (order by mc.id) - 1, mc.name, mc.id,
+           g.id, _frozen_model(g, mc.generator_parameters, mc.generator_is_reasoning),
+           j.id, case when j.id is not null then _frozen_model(j, mc.grader_parameters, mc.grader_is_reasoning) end,
+           case when j.provider = 'metric' or j.id is null then 0 else v_instance.rubrics_per_case end,
+           case when j.id is null then 0 when j.provider = 'metric' then 1 else v_instance.grade_replications end
+      from model_combinations as mc
+      join models as g on g.id = mc.generator_id
+      left join models as j on j.id = mc.grader_id
+     where mc.instance_id = v_instance.id;
+    if not found then
+        raise exception 'instance "%" has no model combinations', v_instance.name
+            using errcode = 'PH003', hint = format('Add one: insert into pgharness.model_combinations (instance, generator, grader) values (%L, ''...'', ''...'');', v_instance.name);
+    end if;
+    insert into run_definitions (run_id, definition, case_count, combination_count, transcript_overlaps, grade_stride)
+    select _freeze_instance.run_id,
+           to_jsonb(v_instance) - '{id,project_id,experiment_id,created_at,budget_usd,note_system_prompt,note_prompt,grade_system_prompt,grade_prompt}'::text[]
+           || jsonb_build_object(
+               'prompts', jsonb_build_object(
+                   'note_system', coalesce(v_instance.note_system_prompt, v_experiment.note_system_prompt),
+                   'note', coalesce(v_instance.note_prompt, v_experiment.note_prompt),
+                   'grade_system', coalesce(v_instance.grade_system_prompt, v_experiment.grade_system_prompt),
+                   'grade', coalesce(v_instance.grade_prompt, v_experiment.grade_prompt)),
+               'cases_digest', (select encode(sha256(convert_to(string_agg(rc.digest, E'\n' order by rc.number), 'UTF8')), 'hex')
+                                  from run_cases as rc where rc.run_id = _freeze_instance.run_id)),
+           v_cases, count(*), v_instance.cycle_transcript_overlaps, greatest(max(c.grades_per_note), 1)
+      from run_combinations as c where c.run_id = _freeze_instance.run_id;
+    perform _freeze_rubrics(_freeze_instance.run_id, v_instance.name, v_instance.rubrics_per_case);
+end;
+$$;
+comment on function pgharness._freeze_instance(bigint, bigint) is
+'Copy into a run what its instance says now: cases, models, prompts, config. Raises PH003 when something to run is missing.';
+
+create or replace function pgharness._freeze_rubrics(run_id bigint, instance text, rubrics_per_case integer) returns void
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+declare
+    v_needs_target boolean;
+    v_lacking      text[];
+begin
+    if exists (select from run_combinations as c where c.run_id = _freeze_rubrics.run_id and c.rubric_count > 0) then
+        insert into run_rubrics (run_id, case_number, number, rubric_id)
+        select rc.run_id, rc.number, a.author_rank, a.rubric_id
+          from run_cases as rc join accepted_rubrics as a on a.case_id = rc.case_id
+         where rc.run_id = _freeze_rubrics.run_id and a.author_rank <= _freeze_rubrics.rubrics_per_case;
+        v_lacking := array(
+            select c.name from run_cases as rc join cases as c on c.id = rc.case_id
+             where rc.run_id = _freeze_rubrics.run_id
+               and (select count(*) from run_rubrics as rr where rr.run_id = rc.run_id and rr.case_number = rc.number) < rubrics_per_case
+             order by rc.number);
+        if cardinality(v_lacking) > 0 then
+            raise exception '% of the cases of instance "%" lack accepted rubrics by % different human authors',
+                            cardinality(v_lacking), instance, rubrics_per_case
+                using errcode = 'PH003', detail = 'For example: ' || array_to_string(v_lacking[1:5], ', '),
+                      hint = 'Keep the eligible ones (delete from pgharness.instance_cases, then add_cases(..., eligible => true)), or set rubrics_per_case lower; 0 grades against the target.';
+        end if;
+    end if;
+    select bool_or(c.grader_id is not null and c.rubric_count = 0
+                   and not (c.grader ->> 'model' = 'regex' and c.grader -> 'parameters' ? 'pattern'))
+      into v_needs_target from run_combinations as c where c.run_id = _freeze_rubrics.run_id;
+    if v_needs_target then
+        v_lacking := array(
+            select c.name from run_cases as rc join cases as c on c.id = rc.case_id
+             where rc.run_id = _freeze_rubrics.run_id and c.target is null order by rc.number);
+        if cardinality(v_lacking) > 0 then
+            raise exception '% of the cases of instance "%" have no target to grade against', cardinality(v_lacking), instance
+                using errcode = 'PH003', detail = 'For example: ' || array_to_string(v_lacking[1:5], ', '),
+                      hint = 'Set it: update pgharness.cases set target = to_jsonb(''...''::text) where name = ''...'';';
+        end if;
+    end if;
+end;
+$$;
+comment on function pgharness._freeze_rubrics(bigint, text, integer) is
+'Pick the rubrics that grade each case of a run: the most recently accepted of each human author, newest author first. Raises PH003 naming the cases that lack rubrics or targets.';
+
+create or replace function pgharness._frozen_model(model pgharness.models, parameters jsonb, is_reasoning boolean) returns jsonb
+    language sql stable security invoker set search_path = pgharness, pg_temp
+as $$
+    select to_jsonb(model) - '{description,created_at}'::text[]
+           || jsonb_build_object('parameters', (model).parameters || _frozen_model.parameters,
+                                 'is_reasoning', coalesce(_frozen_model.is_reasoning, (model).is_reasoning));
+$$;
+comment on function pgharness._frozen_model(pgharness.models, jsonb, boolean) is 'A model as a run keeps it: with the combination''s parameters laid over its own.';
+
+create or replace function pgharness._copy_definition(from_run_id bigint, to_run_id bigint) returns void
+    language sql volatile security definer set search_path = pgharness, pg_temp
+as $$
+    insert into run_cases (run_id, number, case_id, digest)
+    select to_run_id, c.number, c.case_id, c.digest from run_cases as c where c.run_id = from_run_id;
+    insert into run_combinations (run_id, number, name, combination_id, generator_id, generator, grader_id, grader, rubric_count, grade_replications)
+    select to_run_id, c.number, c.name, c.combination_id, c.generator_id, c.generator, c.grader_id, c.grader, c.rubric_count, c.grade_replications
+      from run_combinations as c where c.run_id = from_run_id;
+    insert into run_definitions (run_id, definition, case_count, combination_count, transcript_overlaps, grade_stride)
+    select to_run_id, d.definition, d.case_count, d.combination_count, d.transcript_overlaps, d.grade_stride
+      from run_definitions as d where d.run_id = from_run_id;
+    insert into run_rubrics (run_id, case_number, number, rubric_id)
+    select to_run_id, rr.case_number, rr.number, rr.rubric_id from run_rubrics as rr where rr.run_id = from_run_id;
+$$;
+comment on function pgharness._copy_definition(bigint, bigint) is 'Give a rerun the frozen definition of the run it repeats.';
+
+create or replace trigger _100_plan before insert on pgharness.runs
+    for each row execute function pgharness._plan_run();
+create or replace trigger _500_freeze after insert on pgharness.runs
+    for each row execute function pgharness._freeze_run();
+
+create or replace function pgharness._announce_run() returns trigger
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+begin
+    if tg_op = 'INSERT' or new.status <> old.status or new.reason is distinct from old.reason then
+        insert into logs (run_id, level, message, data)
+        values (new.id, case when new.status = 'failed' then 'error' when new.reason is not null then 'warning' else 'info' end,
+                case when tg_op = 'INSERT' then 'started' else new.status end || coalesce(': ' || new.reason, ''),
+                jsonb_build_object('by', session_user));
+        perform pg_notify('pgharness', jsonb_build_object(
+            'event', case when tg_op = 'INSERT' then 'run.started' else 'run.' || new.status end, 'run_id', new.id, 'run', new.name,
+            'status', new.status, 'previous_status', case when tg_op = 'UPDATE' then old.status end, 'reason', left(new.reason, 500), 'at', clock())::text);
+    end if;
+    return null;
+end;
+$$;
+comment on function pgharness._announce_run() is
+'Log every change of a run''s state and NOTIFY channel pgharness. Payload: event (run.started, run.running, run.paused, run.completed, run.failed, run.cancelled), run_id, run, status, previous_status, reason, at.';
+create or replace trigger _900_announce_insert after insert on pgharness.runs
+    for each row execute function pgharness._announce_run();
+create or replace trigger _900_announce_update after update of status, reason on pgharness.runs
+    for each row execute function pgharness._announce_run();
+
+create or replace function pgharness._set_status(run_id bigint, status text, reason text) returns void
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+begin
+    update runs as r
+       set status = _set_status.status,
+           reason = _set_status.reason,
+           active_seconds = r.active_seconds + coalesce(extract(epoch from clock() - r.activated_at), 0),
+           activated_at = case when _set_status.status = 'running' then clock() end,
+           finished_at = case when _set_status.status in ('completed', 'failed', 'cancelled') then clock() end
+     where r.id = _set_status.run_id;
+    if _set_status.status <> 'running' then
+        perform _drop_jobs(_set_status.run_id);
+    end if;
+end;
+$$;
+comment on function pgharness._set_status(bigint, text, text) is 'Move a run to a state, keeping its clock, and drop its waiting jobs unless it runs.';
+
+create or replace function pgharness._settle_run(run_id bigint) returns void
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+declare
+    v_run       runs;
+    v_threshold double precision;
+    v_failed    bigint;
+begin
+    select * into strict v_run from runs as r where r.id = _settle_run.run_id;
+    if v_run.finished_at is not null then
+        return;
+    end if;
+    select (d.definition ->> 'failure_threshold')::double precision into v_threshold from run_definitions as d where d.run_id = v_run.id;
+    v_failed := v_run.notes_failed + v_run.grades_failed;
+    if v_failed > v_threshold * (v_run.note_count + v_run.grade_count) then
+        perform _set_status(v_run.id, 'failed', format('%s notes and %s grades failed, more than %s%% of %s',
+                                                       v_run.notes_failed, v_run.grades_failed, round((v_threshold * 100)::numeric, 2),
+                                                       v_run.note_count + v_run.grade_count));
+    elsif v_run.notes_succeeded + v_run.notes_failed = v_run.note_count
+      and v_run.grades_succeeded + v_run.grades_failed + v_run.grades_skipped = v_run.grade_count then
+        perform _set_status(v_run.id, 'completed', null);
+    elsif v_run.status = 'running' and v_run.note_cost_usd + v_run.grade_cost_usd >= v_run.budget_usd then
+        perform _set_status(v_run.id, 'paused', format('the budget of %s USD is spent (%s USD); continue with: select pgharness.resume_run(%s, budget_usd => %s);',
+                                                       trim_scale(v_run.budget_usd), round(v_run.note_cost_usd + v_run.grade_cost_usd, 4), v_run.id, trim_scale(v_run.budget_usd * 2)));
+    end if;
+end;
+$$;
+comment on function pgharness._settle_run(bigint) is
+'End or pause a run whose counters say so: completed, failed past its threshold, or paused at its budget. The caller holds the run''s row lock.';
+
+create or replace function pgharness._lock_run(run_id bigint) returns pgharness.runs
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+declare
+    v_run runs;
+begin
+    select * into v_run from runs as r where r.id = _lock_run.run_id for no key update;
+    if not found then
+        perform _refuse_unknown('run', _lock_run.run_id::text, array(select format('%s (%s)', r.id, r.name) from runs as r order by r.id desc limit 5),
+                                'List runs: select run_id, run, status from pgharness.run_progress;');
+    end if;
+    return v_run;
+end;
+$$;
+comment on function pgharness._lock_run(bigint) is 'Lock a run''s row, so that its state changes one transaction at a time. Raises PH001.';
+
+create or replace function pgharness.start_run(
+    instance text, kind text default 'trial', idempotency_key text default null, budget_usd numeric default null,
+    priority integer default 0, name text default null
+) returns pgharness.run_receipt
+    language plpgsql volatile security invoker set search_path = pgharness, pg_temp
+as $$
+declare
+    v_instance_id bigint := _instance_id(start_run.instance);
+    v_run         record;
+    v_id          bigint;
+begin
+    if start_run.idempotency_key is not null then
+        -- two starts with one key: the second waits here for the first
+        perform pg_advisory_xact_lock(hashtextextended('pgharness.start_run ' || start_run.idempotency_key, 0));
+        select r.id, r.instance_id, r.kind, r.name into v_run from runs as r where r.idempotency_key = start_run.idempotency_key;
+        if found then
+            if v_run.instance_id <> v_instance_id or v_run.kind <> start_run.kind then
+                raise exception 'idempotency key "%" already started run "%" (%)', start_run.idempotency_key, v_run.name, v_run.kind
+                    using errcode = 'PH004', hint = 'Use another key for another run.';
+            end if;
+            return _receipt(v_run.id);
+        end if;
+    end if;
+    insert into runs (instance_id, instance, kind, idempotency_key, budget_usd, priority, name)
+    values (v_instance_id, start_run.instance, start_run.kind, start_run.idempotency_key, start_run.budget_usd, start_run.priority, start_run.name)
+    returning id into v_id;
+    return _receipt(v_id);
+end;
+$$;
+comment on function pgharness.start_run(text, text, text, numeric, integer, text) is
+'Start a run of an instance: freeze what it uses and queue its work, in this transaction. With an idempotency key a second call returns the first run. Raises PH001, PH003 (nothing to run), PH004 (key used for something else). Example: select run_id from pgharness.start_run(''triage-v2'', kind => ''milestone'');';
+
+create or replace function pgharness.rerun(run_id bigint, kind text default null, idempotency_key text default null) returns pgharness.run_receipt
+    language plpgsql volatile security invoker set search_path = pgharness, pg_temp
+as $$
+declare
+    v_run runs;
+    v_id  bigint;
+begin
+    select * into v_run from runs as r where r.id = _run_id(rerun.run_id::text);
+    if rerun.idempotency_key is not null then
+        perform pg_advisory_xact_lock(hashtextextended('pgharness.start_run ' || rerun.idempotency_key, 0));
+        select r.id into v_id from runs as r where r.idempotency_key = rerun.idempotency_key and r.rerun_of_id = v_run.id;
+        if found then
+            return _receipt(v_id);
+        end if;
+    end if;
+    insert into runs (instance_id, instance, kind, idempotency_key, budget_usd, priority, rerun_of_id)
+    values (v_run.instance_id, v_run.instance, coalesce(rerun.kind, v_run.kind), rerun.idempotency_key, v_run.budget_usd, v_run.priority, v_run.id)
+    returning id into v_id;
+    return _receipt(v_id);
+end;
+$$;
+comment on function pgharness.rerun(bigint, text, text) is
+'Start a new run with the frozen definition of an earlier one: same cases, rubrics, models, prompts and seed, whatever the instance says now. Raises PH001. Example: select run_id from pgharness.rerun(7);';
+
+create or replace function pgharness.pause_run(run_id bigint, reason text default 'paused by hand') returns pgharness.run_receipt
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+declare
+    v_run runs := _lock_run(pause_run.run_id);
+begin
+    if v_run.status = 'running' then
+        perform _set_status(v_run.id, 'paused', pause_run.reason);
+    elsif v_run.status <> 'paused' then
+        raise exception 'run % is already %', v_run.id, v_run.status
+            using errcode = 'PH003', hint = 'Only a running run can be paused.';
+    end if;
+    return _receipt(v_run.id);
+end;
+$$;
+comment on function pgharness.pause_run(bigint, text) is
+'Stop starting calls of a run; calls in flight end and are kept. Idempotent. Raises PH001, PH003. Example: select pgharness.pause_run(7);';
+
+create or replace function pgharness.resume_run(run_id bigint, budget_usd numeric default null) returns pgharness.run_receipt
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+declare
+    v_run    runs := _lock_run(resume_run.run_id);
+    v_budget numeric := coalesce(resume_run.budget_usd, v_run.budget_usd);
+begin
+    if v_run.status in ('completed', 'failed') then
+        raise exception 'run % is already %', v_run.id, v_run.status
+            using errcode = 'PH003', hint = format('Try its failed items again: select pgharness.retry_failed(%s); or start anew: select pgharness.rerun(%s);', v_run.id, v_run.id);
+    elsif v_budget <= v_run.note_cost_usd + v_run.grade_cost_usd then
+        raise exception 'run % has spent % USD of its budget of % USD', v_run.id, round(v_run.note_cost_usd + v_run.grade_cost_usd, 4), trim_scale(v_budget)
+            using errcode = 'PH006', hint = format('Raise it: select pgharness.resume_run(%s, budget_usd => %s);', v_run.id,
+                                                   trim_scale(round((v_run.note_cost_usd + v_run.grade_cost_usd) * 2, 2) + 1));
+    end if;
+    update runs as r set budget_usd = v_budget where r.id = v_run.id;
+    if v_run.status <> 'running' then
+        perform _set_status(v_run.id, 'running', null);
+        perform _requeue(v_run.id);
+    end if;
+    return _receipt(v_run.id);
+end;
+$$;
+comment on function pgharness.resume_run(bigint, numeric) is
+'Continue a paused or cancelled run with what it has not done yet, optionally with another budget. Idempotent. Raises PH001, PH003 (it is finished), PH006 (the budget is still spent). Example: select pgharness.resume_run(7, budget_usd => 20);';
+
+create or replace function pgharness.cancel_run(run_id bigint, reason text default 'cancelled by hand') returns pgharness.run_receipt
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+declare
+    v_run runs := _lock_run(cancel_run.run_id);
+begin
+    if v_run.status in ('running', 'paused') then
+        perform _set_status(v_run.id, 'cancelled', cancel_run.reason);
+    elsif v_run.status <> 'cancelled' then
+        raise exception 'run % is already %', v_run.id, v_run.status
+            using errcode = 'PH003', hint = 'Only running or paused runs can be cancelled.';
+    end if;
+    return _receipt(v_run.id);
+end;
+$$;
+comment on function pgharness.cancel_run(bigint, text) is
+'Stop a run: waiting work is dropped, calls in flight are aborted within 2 seconds on every host, what is done is kept. Idempotent. Raises PH001, PH003. Example: select pgharness.cancel_run(7);';
+
+create or replace function pgharness.retry_failed(run_id bigint) returns pgharness.run_receipt
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+declare
+    v_run   runs := _lock_run(retry_failed.run_id);
+    v_count bigint;
+begin
+    if v_run.status = 'cancelled' then
+        raise exception 'run % is cancelled', v_run.id
+            using errcode = 'PH003', hint = format('Continue it first: select pgharness.resume_run(%s);', v_run.id);
+    end if;
+    delete from failures as f where f.run_id = v_run.id and f.status = 'failed';
+    get diagnostics v_count = row_count;
+    if v_count = 0 then
+        return _receipt(v_run.id);
+    end if;
+    update runs as r set notes_failed = 0, grades_failed = 0, grades_skipped = 0 where r.id = v_run.id;
+    if v_run.finished_at is not null then
+        perform _set_status(v_run.id, 'running', null);
+    end if;
+    if v_run.status <> 'paused' then
+        perform _requeue(v_run.id);
+    end if;
+    return _receipt(v_run.id);
+end;
+$$;
+comment on function pgharness.retry_failed(bigint) is
+'Try the failed notes and grades of a run again, with all their attempts; reopens a finished run. Does nothing when none failed. Raises PH001, PH003. Example: select pgharness.retry_failed(7);';
+
+create or replace function pgharness.requeue_run(run_id bigint) returns pgharness.run_receipt
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+declare
+    v_run runs := _lock_run(requeue_run.run_id);
+begin
+    if v_run.status <> 'running' then
+        raise exception 'run % is %', v_run.id, v_run.status
+            using errcode = 'PH003', hint = format('Only a running run has work to queue; continue it: select pgharness.resume_run(%s);', v_run.id);
+    end if;
+    perform _requeue(v_run.id);
+    return _receipt(v_run.id);
+end;
+$$;
+comment on function pgharness.requeue_run(bigint) is
+'Queue everything that a running run has not done yet, from its own rows alone: the remedy when the queue was lost. Idempotent. Raises PH001, PH003. Example: select pgharness.requeue_run(7);';
+
+-- A run may be named as well as numbered.
+create or replace function pgharness.rerun(run text, kind text default null, idempotency_key text default null) returns pgharness.run_receipt
+    language sql volatile security invoker set search_path = pgharness, pg_temp
+as $$ select rerun(_run_id(rerun.run), rerun.kind, rerun.idempotency_key); $$;
+comment on function pgharness.rerun(text, text, text) is 'rerun() of a run given by name. Example: select run_id from pgharness.rerun(''triage-v2/1'');';
+
+create or replace function pgharness.pause_run(run text, reason text default 'paused by hand') returns pgharness.run_receipt
+    language sql volatile security invoker set search_path = pgharness, pg_temp
+as $$ select pause_run(_run_id(pause_run.run), pause_run.reason); $$;
+comment on function pgharness.pause_run(text, text) is 'pause_run() of a run given by name. Example: select pgharness.pause_run(''triage-v2/1'');';
+
+create or replace function pgharness.resume_run(run text, budget_usd numeric default null) returns pgharness.run_receipt
+    language sql volatile security invoker set search_path = pgharness, pg_temp
+as $$ select resume_run(_run_id(resume_run.run), resume_run.budget_usd); $$;
+comment on function pgharness.resume_run(text, numeric) is 'resume_run() of a run given by name. Example: select pgharness.resume_run(''triage-v2/1'');';
+
+create or replace function pgharness.cancel_run(run text, reason text default 'cancelled by hand') returns pgharness.run_receipt
+    language sql volatile security invoker set search_path = pgharness, pg_temp
+as $$ select cancel_run(_run_id(cancel_run.run), cancel_run.reason); $$;
+comment on function pgharness.cancel_run(text, text) is 'cancel_run() of a run given by name. Example: select pgharness.cancel_run(''triage-v2/1'');';
+
+create or replace function pgharness.retry_failed(run text) returns pgharness.run_receipt
+    language sql volatile security invoker set search_path = pgharness, pg_temp
+as $$ select retry_failed(_run_id(retry_failed.run)); $$;
+comment on function pgharness.retry_failed(text) is 'retry_failed() of a run given by name. Example: select pgharness.retry_failed(''triage-v2/1'');';
+
+create or replace function pgharness.requeue_run(run text) returns pgharness.run_receipt
+    language sql volatile security invoker set search_path = pgharness, pg_temp
+as $$ select requeue_run(_run_id(requeue_run.run)); $$;
+comment on function pgharness.requeue_run(text) is 'requeue_run() of a run given by name. Example: select pgharness.requeue_run(''triage-v2/1'');';
+
+create or replace function pgharness.record_result(run_id bigint, key text, value jsonb) returns bigint
+    language sql volatile security definer set search_path = pgharness, pg_temp
+as $$
+    insert into results (run_id, key, value) values (record_result.run_id, record_result.key, record_result.value) returning id;
+$$;
+comment on function pgharness.record_result(bigint, text, jsonb) is
+'Add a result to a run under a key; the newest of a key counts. Returns its id. Example: select pgharness.record_result(7, ''conclusion'', ''"B is better"'');';
+
+create or replace function pgharness.log(run_id bigint, message text, level text default 'info', data jsonb default '{}') returns bigint
+    language sql volatile security definer set search_path = pgharness, pg_temp
+as $$
+    insert into logs (run_id, level, message, data) values (log.run_id, log.level, log.message, log.data) returning id;
+$$;
+comment on function pgharness.log(bigint, text, text, jsonb) is
+'Add a line to the log of a run, or of the harness when run_id is null. Returns its id. Example: select pgharness.log(7, ''doubled the workers'');';

@@ -1,0 +1,57 @@
+-- Roles: pgharness_reader sees, pgharness_author defines and starts, pgharness_worker does the work. Applied last, and again at every migrate.
+
+revoke all on schema pgharness from public;
+revoke all on all tables in schema pgharness from public;
+revoke all on all functions in schema pgharness from public;
+
+do $$
+declare
+    v_role text;
+begin
+    foreach v_role in array array['pgharness_reader', 'pgharness_author', 'pgharness_worker'] loop
+        if not exists (select from pg_roles where rolname = v_role) then
+            execute format('create role %I nologin', v_role);
+        end if;
+    end loop;
+
+    grant usage on schema pgharness to pgharness_reader, pgharness_author, pgharness_worker;
+    grant select on all tables in schema pgharness to pgharness_reader, pgharness_author, pgharness_worker;
+    grant usage on schema procrastinate to pgharness_reader, pgharness_author, pgharness_worker;
+    grant select on procrastinate.procrastinate_jobs to pgharness_reader, pgharness_author;
+
+    -- reading: the functions that views and plain look-ups need
+    grant execute on function pgharness.clock(), pgharness.schema_violations(jsonb, jsonb), pgharness.schema_problems(jsonb)
+        to pgharness_reader, pgharness_author, pgharness_worker;
+
+    -- defining and starting: inputs are written by insert; runs by insert or through functions that hold the privilege
+    grant insert, update, delete on pgharness.projects, pgharness.experiments, pgharness.datasets, pgharness.cases, pgharness.rubrics,
+        pgharness.models, pgharness.model_combinations, pgharness.instances, pgharness.instance_cases to pgharness_author;
+    grant insert (name, instance_id, instance, kind, idempotency_key, rerun_of_id, priority, budget_usd) on pgharness.runs to pgharness_author;
+    grant execute on all functions in schema pgharness to pgharness_author;
+    revoke execute on function
+        pgharness.load_run(bigint), pgharness.load_inputs(bigint, bigint[], bigint[], bigint[]),
+        pgharness.load_slice(bigint, bigint, text, integer, bigint, bigint, bigint[]),
+        pgharness.record_outcomes(bigint, jsonb), pgharness.charge_crash(bigint, text, bigint),
+        pgharness.register_worker(text, integer, text, text[], integer, jsonb), pgharness.attach_queue_worker(bigint, bigint),
+        pgharness.heartbeat(bigint, integer, text, bigint[], bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),
+        pgharness.lease_model(bigint, bigint, integer, integer), pgharness.take_requests(bigint, integer, bigint),
+        pgharness.block_model(bigint, double precision)
+        from pgharness_author;
+
+    -- working: the queue's own tables and functions, and the work functions; no insert, update or delete of ours
+    grant select, insert, update, delete on all tables in schema procrastinate to pgharness_worker;
+    grant usage on all sequences in schema procrastinate to pgharness_worker;
+    grant execute on all functions in schema procrastinate to pgharness_worker;
+    grant execute on function
+        pgharness.load_run(bigint), pgharness.load_inputs(bigint, bigint[], bigint[], bigint[]),
+        pgharness.load_slice(bigint, bigint, text, integer, bigint, bigint, bigint[]),
+        pgharness.record_outcomes(bigint, jsonb), pgharness.charge_crash(bigint, text, bigint),
+        pgharness.register_worker(text, integer, text, text[], integer, jsonb), pgharness.attach_queue_worker(bigint, bigint),
+        pgharness.heartbeat(bigint, integer, text, bigint[], bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),
+        pgharness.lease_model(bigint, bigint, integer, integer), pgharness.take_requests(bigint, integer, bigint),
+        pgharness.block_model(bigint, double precision), pgharness.log(bigint, text, text, jsonb), pgharness.record_result(bigint, text, jsonb)
+        to pgharness_worker;
+exception when insufficient_privilege then
+    raise notice 'pgharness roles were not set up (%): only the owner of schema pgharness can use it', sqlerrm;
+end;
+$$;

@@ -1,0 +1,5 @@
+"""`python -m pgharness` is `pgharness`."""
+
+from pgharness.cli import main
+
+main()

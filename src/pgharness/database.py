@@ -1,0 +1,137 @@
+"""The one door to SQL: a pool, calls of pgharness functions, reads of pgharness views.
+
+Python holds no SQL of its own beyond what is built here: everything that changes state is a function of schema
+`pgharness`, everything that is read is a view of it. Errors come out as HarnessError, with the server's hint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection, Connection
+from psycopg.rows import dict_row
+from psycopg.sql import SQL, Composed, Identifier, Placeholder
+from psycopg.types.json import Jsonb
+from psycopg_pool import AsyncConnectionPool
+
+from pgharness.errors import DatabaseError, from_sqlstate
+
+Row = dict[str, Any]
+# what a lost connection, a restarting server or a deadlock looks like: the same statement may succeed later
+TRANSIENT = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.SerializationFailure)
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Turn what the server refuses into HarnessError; connection trouble (TRANSIENT) passes through."""
+    try:
+        yield
+    except TRANSIENT:
+        raise
+    except psycopg.Error as exc:
+        diag = exc.diag
+        raise from_sqlstate(
+            exc.sqlstate, diag.message_primary or str(exc), hint=diag.message_hint, detail=diag.message_detail
+        ) from exc
+
+
+def _call(function: str, args: Mapping[str, object]) -> tuple[Composed, dict[str, object]]:
+    named = SQL(", ").join(SQL("{} => {}").format(Identifier(name), Placeholder(name)) for name in args)
+    values = {name: Jsonb(value) if isinstance(value, dict) else value for name, value in args.items()}
+    return SQL("select * from pgharness.{}({})").format(Identifier(function), named), values
+
+
+def _select(view: str, filters: Mapping[str, object], order: str | None, limit: int | None) -> Composed:
+    query = SQL("select * from pgharness.{}").format(Identifier(view))
+    if filters:
+        query += SQL(" where ") + SQL(" and ").join(
+            SQL("{} = {}").format(Identifier(name), Placeholder(name)) for name in filters
+        )
+    if order:
+        query += SQL(" order by {}").format(Identifier(order))
+    if limit is not None:
+        query += SQL(" limit {}").format(limit)
+    return query
+
+
+def call(connection: Connection[Any], function: str, /, **args: object) -> list[Row]:
+    """Run one pgharness function with named arguments and return its rows; a dict is sent as jsonb."""
+    query, values = _call(function, args)
+    with translated_errors(), connection.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(query, values).fetchall()
+
+
+def rows(
+    connection: Connection[Any], view: str, /, *, order: str | None = None, limit: int | None = None, **filters: object
+) -> list[Row]:
+    """Read a pgharness view or table, filtered by equality."""
+    with translated_errors(), connection.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(_select(view, filters, order, limit), filters).fetchall()
+
+
+def connect(url: str, *, autocommit: bool = True) -> Connection[Any]:
+    """Open one connection, for commands that end soon."""
+    try:
+        return psycopg.connect(url, autocommit=autocommit, connect_timeout=10, application_name="pgharness")
+    except psycopg.Error as exc:
+        raise DatabaseError(
+            f"cannot connect to the database: {str(exc).strip()}",
+            hint="Check --database-url or PGHARNESS_DATABASE_URL, and that the server runs; `pgharness doctor` tells more.",
+        ) from exc
+
+
+class Database:
+    """A small pool of connections for a worker: every call is one autocommitted statement.
+
+    No transaction outlives a call, so none is held while a model is being asked.
+    """
+
+    def __init__(self, url: str, *, size: int = 3, application_name: str = "pgharness") -> None:
+        self.url = url
+        self.pool: AsyncConnectionPool[AsyncConnection[Any]] = AsyncConnectionPool(
+            url,
+            min_size=1,
+            max_size=size,
+            open=False,
+            timeout=30,
+            configure=_configure,
+            check=None,
+            kwargs={"application_name": application_name, "connect_timeout": 10},
+        )
+
+    async def open(self) -> None:
+        """Open the pool; raises DatabaseError when the server cannot be reached."""
+        try:
+            await self.pool.open(wait=True, timeout=15)
+        except psycopg.Error as exc:
+            await self.pool.close()
+            raise DatabaseError(f"cannot connect to the database: {exc}", hint="Run `pgharness doctor`.") from exc
+
+    async def close(self) -> None:
+        await self.pool.close()
+
+    async def call(self, function: str, /, **args: object) -> list[Row]:
+        """Run one pgharness function with named arguments and return its rows; a dict is sent as jsonb."""
+        query, values = _call(function, args)
+        with translated_errors():
+            async with self.pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
+                await cursor.execute(query, values)
+                return await cursor.fetchall()
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[Database]:
+        """Open on entry, close on exit."""
+        await self.open()
+        try:
+            yield self
+        finally:
+            await self.close()
+
+
+async def _configure(connection: AsyncConnection[Any]) -> None:
+    await connection.set_autocommit(True)
+    # the queue names its functions without a schema; ours are always named with it
+    await connection.execute("set search_path = procrastinate, pg_temp")

@@ -1,0 +1,192 @@
+"""Every error that pgharness raises on purpose, and how a database error becomes one.
+
+    HarnessError
+    ├── DatabaseError            the server refused a statement
+    │   ├── NotFound             PH001
+    │   ├── InvalidArgument      PH002, and Postgres's own constraint and syntax-of-value errors
+    │   ├── WrongState           PH003
+    │   ├── Conflict             PH004
+    │   ├── LeaseLost            PH005
+    │   ├── BudgetExceeded       PH006
+    │   └── SchemaOutOfDate      PH007
+    ├── SettingsError            an option or environment variable cannot be used
+    ├── EmbeddedError            the embedded server cannot be found, started or reached
+    ├── ImportRefused            a file to import has wrong rows
+    └── ModelError               a model did not give a usable answer
+        ├── RateLimited          429, 529 or a quota: wait, spend no attempt
+        ├── Unavailable          an outage (no connection, 502, 503, 504): wait, spend no attempt
+        ├── ServerFailed         500 and other server errors
+        ├── TimedOut             no answer within the model's timeout
+        ├── InvalidOutput        an answer that does not fit what was asked
+        ├── Refused              a content filter or a refusal
+        ├── RequestRejected      4xx: the same request will never succeed
+        └── CodeFailed           a user's program or callable failed
+
+Callers steer by class and attributes, never by message text. `hint` is what to type next.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HarnessError(Exception):
+    """Something went wrong in pgharness."""
+
+    def __init__(self, message: str | None = None, *, hint: str | None = None, detail: str | None = None) -> None:
+        super().__init__(message or (self.__doc__ or "").strip())
+        self.hint = hint
+        self.detail = detail
+
+
+class DatabaseError(HarnessError):
+    """The database refused a statement."""
+
+    sqlstate: str | None = None
+
+
+class NotFound(DatabaseError):
+    """The named thing does not exist."""
+
+
+class InvalidArgument(DatabaseError):
+    """A value cannot be used."""
+
+
+class WrongState(DatabaseError):
+    """The thing is in a state that does not allow this."""
+
+
+class Conflict(DatabaseError):
+    """The request contradicts an earlier one."""
+
+
+class LeaseLost(DatabaseError):
+    """Another worker has taken over."""
+
+
+class BudgetExceeded(DatabaseError):
+    """The budget is spent."""
+
+
+class SchemaOutOfDate(DatabaseError):
+    """The database schema does not fit this version of pgharness."""
+
+
+class SettingsError(HarnessError):
+    """An option or environment variable cannot be used."""
+
+
+class EmbeddedError(HarnessError):
+    """The embedded Postgres server cannot be used."""
+
+
+class ImportRefused(HarnessError):
+    """The file has rows that cannot be imported; nothing was imported."""
+
+
+class ModelError(HarnessError):
+    """A model did not give a usable answer.
+
+    `outcome` is the word stored in `calls.outcome`; `is_retryable` says whether asking again can help;
+    `retry_after` is the number of seconds that the server asked to wait; `text` is the answer as received.
+    """
+
+    outcome: ClassVar[str] = "error"
+    is_retryable: ClassVar[bool] = True
+    spends_attempt: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after: float | None = None,
+        http_status: int | None = None,
+        request_id: str | None = None,
+        text: str | None = None,
+        finish_reason: str | None = None,
+        input_tokens: int = 0,
+        output_tokens: int = 0,
+        cached_tokens: int = 0,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
+        self.http_status = http_status
+        self.request_id = request_id
+        self.text = text
+        self.finish_reason = finish_reason
+        self.input_tokens = input_tokens
+        self.output_tokens = output_tokens
+        self.cached_tokens = cached_tokens
+
+
+class RateLimited(ModelError):
+    """The provider asked to slow down."""
+
+    outcome = "rate_limited"
+    spends_attempt = False
+
+
+class Unavailable(ModelError):
+    """The provider could not be reached, or said that it is down."""
+
+    outcome = "unavailable"
+    spends_attempt = False
+
+
+class ServerFailed(ModelError):
+    """The provider answered with a server error."""
+
+    outcome = "server_error"
+
+
+class TimedOut(ModelError):
+    """No answer came within the model's timeout."""
+
+    outcome = "timeout"
+
+
+class InvalidOutput(ModelError):
+    """The answer does not fit what was asked."""
+
+    outcome = "invalid_output"
+
+
+class Refused(ModelError):
+    """The model or its content filter refused to answer."""
+
+    outcome = "refused"
+
+
+class RequestRejected(ModelError):
+    """The provider rejected the request; the same request will never succeed."""
+
+    outcome = "rejected"
+    is_retryable = False
+
+
+class CodeFailed(ModelError):
+    """A user's program or callable failed; `text` holds its traceback or standard error."""
+
+    outcome = "code_failed"
+
+
+BY_SQLSTATE: dict[str, type[DatabaseError]] = {
+    "PH001": NotFound,
+    "PH002": InvalidArgument,
+    "PH003": WrongState,
+    "PH004": Conflict,
+    "PH005": LeaseLost,
+    "PH006": BudgetExceeded,
+    "PH007": SchemaOutOfDate,
+}
+
+
+def from_sqlstate(sqlstate: str | None, message: str, *, hint: str | None, detail: str | None) -> DatabaseError:
+    """Return the error of a SQLSTATE; classes 22 and 23 are wrong values, anything unknown a DatabaseError."""
+    code = sqlstate or ""
+    kind = BY_SQLSTATE.get(code) or (InvalidArgument if code[:2] in ("22", "23") else DatabaseError)
+    error = kind(message, hint=hint, detail=detail)
+    error.sqlstate = sqlstate
+    return error

@@ -1,0 +1,55 @@
+"""Everything that answers is a Completer: providers over HTTP, programs, Python callables, the simulator.
+
+One request is one call: nothing here retries, because tries are durable rows and belong to the caller.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from pgharness.errors import RequestRejected
+from pgharness.gateway.callables import PythonCallable
+from pgharness.gateway.command import Command
+from pgharness.gateway.simulator import Simulator
+from pgharness.gateway.transport import Transport
+from pgharness.types import Completer, Completion, ModelSpec, Request
+
+__all__ = ["Gateway"]
+
+
+class Gateway:
+    """Makes the Completer of a model; owns the one HTTP client of the process.
+
+    `allows_code` says whether `command` and `python` models may run here: they execute what a database row names, so a
+    worker has to be told to trust its database's authors.
+    """
+
+    def __init__(self, *, cache_root: Path, allows_code: bool = False, transport: Transport | None = None) -> None:
+        self._cache_root = cache_root
+        self._allows_code = allows_code
+        self._transport = transport or Transport()
+
+    def completer(self, spec: ModelSpec) -> Completer:
+        """Return what answers for a model. Raises RequestRejected for one that this worker does not run."""
+        match spec.provider:
+            case "simulator":
+                return Simulator(spec)
+            case "command" | "python":
+                if not self._allows_code:
+                    raise RequestRejected(
+                        f"model '{spec.name}' runs code ({spec.provider}), which this worker does not allow",
+                        hint="Start workers with --allow-code if you trust everyone who may insert models, "
+                        "then select pgharness.retry_failed(run_id => ...);",
+                    )
+                return Command(spec, cache_root=self._cache_root) if spec.provider == "command" else PythonCallable(spec)
+            case "metric":
+                raise RequestRejected(f"model '{spec.name}' is a metric, which writes no notes")
+            case _:
+                return functools.partial(self._send, spec)
+
+    async def _send(self, spec: ModelSpec, request: Request) -> Completion:
+        return await self._transport.send(spec, request)
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()

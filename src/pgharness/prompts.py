@@ -1,0 +1,85 @@
+"""Prompts: Jinja templates over a case, rendered to messages.
+
+Templates are the experiment author's text and run in Jinja's sandbox; what they insert (transcripts, notes, targets) is
+data and is never interpreted. A template that does not work fails its items with the template's name and line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pgharness.errors import RequestRejected
+from pgharness.types import Message
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True
+)
+
+
+class Prompt:
+    """A system and a user template, compiled once a run."""
+
+    def __init__(self, kind: str, system: str, user: str) -> None:
+        self._templates = [
+            (name, role, _compile(name, text))
+            for name, role, text in ((f"{kind}_system_prompt", "system", system), (f"{kind}_prompt", "user", user))
+            if text
+        ]
+
+    def render(self, values: Mapping[str, Any]) -> tuple[Message, ...]:
+        """Return the messages for these values; raises RequestRejected naming the template and what it lacks."""
+        messages = []
+        for name, role, template in self._templates:
+            try:
+                text = template.render(values)
+            except Exception as exc:
+                raise RequestRejected(
+                    f"{name} cannot be rendered: {exc}",
+                    hint=f"It may use {', '.join(sorted(values))}; mend it in pgharness.instances and start a new run.",
+                ) from exc
+            if text.strip():
+                messages.append(Message("system" if role == "system" else "user", text))
+        return tuple(messages)
+
+
+def _compile(name: str, text: str) -> jinja2.Template:
+    try:
+        return _ENVIRONMENT.from_string(text)
+    except jinja2.TemplateSyntaxError as exc:
+        raise RequestRejected(
+            f"{name} is not a valid template (line {exc.lineno}): {exc.message}",
+            hint="Mend it in pgharness.instances and start a new run.",
+        ) from exc
+
+
+def text_of(value: Any) -> str:
+    """Return JSON as a person would read it: a text as it is, a transcript as lines, anything else indented."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict) and isinstance(value.get("transcript"), list):
+        rest = {key: item for key, item in value.items() if key != "transcript"}
+        parts = [f"{key.replace('_', ' ').capitalize()}:\n{text_of(item)}" for key, item in rest.items() if item]
+        return "\n\n".join([*parts, f"Transcript:\n{text_of(value['transcript'])}"])
+    if isinstance(value, list) and value and all(isinstance(turn, dict) and "text" in turn for turn in value):
+        return "\n".join(f"{turn['speaker']}: {turn['text']}" if turn.get("speaker") else str(turn["text"]) for turn in value)
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def case_values(case: Mapping[str, Any], *, config: Mapping[str, Any], overlap: int, replication: int) -> dict[str, Any]:
+    """Return what templates see of a case."""
+    target = case.get("target")
+    return {
+        "case_name": case["name"],
+        "case_text": text_of(case["input"]),
+        "input": case["input"],
+        "target": None if target is None else text_of(target),
+        "metadata": case.get("metadata") or {},
+        "config": config,
+        "overlap": overlap,
+        "replication": replication,
+    }

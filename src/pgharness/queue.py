@@ -1,0 +1,157 @@
+"""The queue: Procrastinate carries slices to workers; our rows hold everything else.
+
+The one importer of procrastinate. A job's arguments are a Slice. Jobs are put back by our own sweep, judged by our own
+workers' heartbeats, so Procrastinate's pruning of workers is kept out of the way. Its connection to the database is
+made to outlive the database: a restart pauses fetching and ends nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from procrastinate import App, BaseRetryStrategy, JobContext, PsycopgConnector, RetryDecision
+from procrastinate import exceptions as queue_errors
+from procrastinate.jobs import Job, Status
+from procrastinate.manager import JobManager
+
+from pgharness.database import TRANSIENT, Database
+from pgharness.errors import HarnessError
+from pgharness.execution import Engine, HandedBack, Slice
+
+logger = logging.getLogger(__name__)
+QUEUES = ("note", "grade")
+_POLLING_SECONDS = 1.0
+_NEVER_SECONDS = 10 * 365 * 86400.0
+_T = TypeVar("_T")
+
+
+class _Again(BaseRetryStrategy):
+    """Every slice that did not end comes back: at once when handed back, a little later after an error."""
+
+    def get_retry_decision(self, *, exception: BaseException, job: Job) -> RetryDecision:
+        if isinstance(exception, HandedBack | asyncio.CancelledError):
+            return RetryDecision(retry_in={"seconds": 0})
+        return RetryDecision(retry_in={"seconds": min(5 * (job.attempts + 1), 60)})
+
+
+class _Jobs(JobManager):
+    """Procrastinate's job manager, fetching only when the engine has room and patient with the database."""
+
+    def __init__(self, connector: PsycopgConnector, queue: Queue) -> None:
+        super().__init__(connector)
+        self._queue = queue
+
+    async def fetch_job(self, queues: Iterable[str] | None, worker_id: int) -> Job | None:
+        await self._queue.engine.wait_for_room()
+        if self._queue.is_stopping:
+            return None
+        try:
+            return await super().fetch_job(queues, worker_id)
+        except queue_errors.ConnectorException as exc:
+            logger.warning("no job could be fetched: %s", exc)
+            await asyncio.sleep(0.5 * (0.5 + random.random()))
+            return None
+
+    async def finish_job(self, job: Job, status: Status, delete_job: bool) -> None:
+        await self._patiently(lambda: super(_Jobs, self).finish_job(job, status, delete_job))
+
+    async def retry_job(self, job: Job, *args: Any, **kwargs: Any) -> None:
+        await self._patiently(lambda: super(_Jobs, self).retry_job(job, *args, **kwargs))
+
+    async def register_worker(self) -> int:
+        queue_worker_id = await super().register_worker()
+        await self._queue.database.call(
+            "attach_queue_worker", worker_id=self._queue.worker_id, queue_worker_id=queue_worker_id
+        )
+        return queue_worker_id
+
+    async def update_heartbeat(self, worker_id: int) -> None:
+        """Do nothing: `pgharness.heartbeat` is the sign of life that counts."""
+
+    async def list_jobs_to_abort_async(self, queue: str | None = None) -> Iterable[int]:
+        """Return nothing: runs are cancelled by their state, not job by job."""
+        return []
+
+    async def listen_for_jobs(self, **kwargs: Any) -> None:
+        while not self._queue.is_stopping:
+            try:
+                await super().listen_for_jobs(**kwargs)
+            except (queue_errors.ConnectorException, *TRANSIENT) as exc:
+                logger.warning("no notifications for the moment, polling instead: %s", exc)
+            await asyncio.sleep(1.0)
+
+    async def _patiently(self, write: Callable[[], Awaitable[_T]]) -> _T | None:
+        delay = 0.1
+        while True:
+            try:
+                return await write()
+            except queue_errors.ConnectorException as exc:
+                if self._queue.is_stopping or not isinstance(exc.__cause__, TRANSIENT):
+                    logger.warning("the end of a job could not be written; the sweep will find it: %s", exc)
+                    return None
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 5.0)
+
+
+class Queue:
+    """This process's end of the queue: takes slices for the engine until it is stopped."""
+
+    def __init__(self, database: Database, engine: Engine, *, worker_id: int) -> None:
+        self.database = database
+        self.engine = engine
+        self.worker_id = worker_id
+        self.is_stopping = False
+        self.open_jobs: set[int] = set()
+        self._working: asyncio.Task[None] | None = None
+        connector = PsycopgConnector()
+        self._app = App(connector=connector)
+        self._app.job_manager = _Jobs(connector, self)
+        self._app.task(name="pgharness.slice", pass_context=True, retry=_Again())(self._run_slice)
+
+    async def run(self, queues: Iterable[str]) -> None:
+        """Take slices until `stop`, then wait for those that are open."""
+        async with self._app.open_async(self.database.pool):
+            while not self.is_stopping:
+                self._working = asyncio.create_task(
+                    self._app.run_worker_async(
+                        queues=list(queues),
+                        concurrency=max(self.engine.concurrency, 8),
+                        fetch_job_polling_interval=_POLLING_SECONDS,
+                        abort_job_polling_interval=_NEVER_SECONDS,
+                        update_heartbeat_interval=_NEVER_SECONDS,
+                        stalled_worker_timeout=_NEVER_SECONDS,
+                        delete_jobs="always",
+                        install_signal_handlers=False,
+                    )
+                )
+                try:
+                    await asyncio.wait([self._working])
+                    if not self._working.cancelled():
+                        self._working.result()
+                except (queue_errors.ConnectorException, HarnessError, *TRANSIENT) as exc:
+                    logger.warning("the queue cannot be reached: %s", exc)
+                    await asyncio.sleep(1.0)
+
+    def stop(self) -> None:
+        """Take no more slices; `run` returns when the open ones have ended."""
+        self.is_stopping = True
+        self.engine.drain()
+        if self._working is not None:
+            self._working.cancel()
+
+    async def _run_slice(self, context: JobContext, **args: Any) -> None:
+        job_id = context.job.id
+        assert job_id is not None
+        self.open_jobs.add(job_id)
+        try:
+            await self.engine.run_slice(_slice(args))
+        finally:
+            self.open_jobs.discard(job_id)
+
+
+def _slice(args: Mapping[str, Any]) -> Slice:
+    return Slice(**args)

@@ -1,0 +1,107 @@
+"""Boundary types: what is asked of a model, what it answers, and how a model is described.
+
+A ModelSpec is a `models` row as a run froze it. A Request is provider-neutral; each provider encodes what it
+supports of it. Everything here is data: no I/O, no defaults that depend on the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Role = Literal["system", "user", "assistant"]
+Provider = Literal[
+    "openai", "openai_responses", "anthropic", "gemini", "openai_compatible", "simulator", "command", "python", "metric"
+]
+ItemKind = Literal["note", "grade"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one call; `cached_tokens` are the part of `input_tokens` that the provider served from its cache."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question to a model.
+
+    `schema` asks for an answer that fits a JSON Schema (its top level is an object). `seed` is the item's own,
+    stable over retries except that `attempt` counts them. `item` is what a program or callable sees instead of
+    messages: the case and the run's settings as plain JSON.
+    """
+
+    messages: tuple[Message, ...]
+    schema: Mapping[str, Any] | None = None
+    schema_name: str = "answer"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    is_reasoning: bool = False
+    seed: int | None = None
+    attempt: int = 1
+    item: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer: its text, the parsed JSON where a schema or a program gave some, and what the call used."""
+
+    text: str
+    data: Any = None
+    usage: Usage = Usage()
+    finish_reason: str | None = None
+    request_id: str | None = None
+    model: str | None = None
+    http_status: int | None = None
+
+
+class Completer(Protocol):
+    """Anything that answers. Raises ModelError, or asyncio.CancelledError when its task is cancelled."""
+
+    async def __call__(self, request: Request) -> Completion: ...
+
+
+class ModelSpec(BaseModel):
+    """A model as a run froze it: see the comments on table `pgharness.models` for each field's meaning."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    id: int
+    name: str
+    provider: Provider
+    model: str = ""
+    base_url: str | None = None
+    api_key_env: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    is_reasoning: bool = False
+    timeout_seconds: float = 120.0
+    max_concurrency: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    input_usd_per_million: float | None = None
+    output_usd_per_million: float | None = None
+    cached_input_usd_per_million: float | None = None
+
+    def price(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> float:
+        """Return what so many tokens cost, in USD; a price that is not set counts as zero.
+
+        `cached_tokens` are part of `input_tokens`, and cost the input price when the model has no price for them.
+        """
+        input_price = self.input_usd_per_million or 0.0
+        cached_price = input_price if self.cached_input_usd_per_million is None else self.cached_input_usd_per_million
+        output_price = self.output_usd_per_million or 0.0
+        fresh_tokens = input_tokens - cached_tokens
+        return (fresh_tokens * input_price + cached_tokens * cached_price + output_tokens * output_price) / 1_000_000
