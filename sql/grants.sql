@@ -6,11 +6,16 @@ revoke all on all functions in schema pgharness from public;
 
 do $$
 declare
-    v_role text;
+    v_role     text;
+    v_function regprocedure;
 begin
     foreach v_role in array array['pgharness_reader', 'pgharness_author', 'pgharness_worker'] loop
         if not exists (select from pg_roles where rolname = v_role) then
-            execute format('create role %I nologin', v_role);
+            begin
+                execute format('create role %I nologin', v_role);
+            exception when duplicate_object or unique_violation then
+                null;                                   -- an installer in another database of the cluster was faster
+            end;
         end if;
     end loop;
 
@@ -20,17 +25,22 @@ begin
     grant select on procrastinate.procrastinate_jobs to pgharness_reader, pgharness_author;
 
     -- reading: the functions that views and plain look-ups need
-    grant execute on function pgharness.clock(), pgharness.schema_violations(jsonb, jsonb), pgharness.schema_problems(jsonb)
-        to pgharness_reader, pgharness_author, pgharness_worker;
+    grant execute on function pgharness.clock() to pgharness_reader, pgharness_worker;
 
     -- defining and starting: inputs are written by insert; runs by insert or through functions that hold the privilege
     grant insert, update, delete on pgharness.projects, pgharness.experiments, pgharness.datasets, pgharness.cases, pgharness.rubrics,
         pgharness.models, pgharness.model_combinations, pgharness.instances, pgharness.instance_cases to pgharness_author;
     grant insert (name, instance_id, instance, kind, idempotency_key, rerun_of_id, priority, budget_usd) on pgharness.runs to pgharness_author;
     grant execute on all functions in schema pgharness to pgharness_author;
+    for v_function in
+        select p.oid from pg_proc as p where p.pronamespace = 'pgharness'::regnamespace and p.prosecdef and p.proname like '\_%'
+    loop
+        -- what a public function does with the owner's privileges is for that function alone
+        execute format('revoke execute on function %s from pgharness_author', v_function);
+    end loop;
     revoke execute on function
         pgharness.load_run(bigint), pgharness.load_inputs(bigint, bigint[], bigint[], bigint[]),
-        pgharness.load_slice(bigint, bigint, text, integer, bigint, bigint, bigint[]),
+        pgharness.load_slice(bigint, jsonb),
         pgharness.record_outcomes(bigint, jsonb), pgharness.charge_crash(bigint, text, bigint),
         pgharness.register_worker(text, integer, text, text[], integer, jsonb), pgharness.attach_queue_worker(bigint, bigint),
         pgharness.heartbeat(bigint, integer, text, bigint[], bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),
@@ -44,7 +54,7 @@ begin
     grant execute on all functions in schema procrastinate to pgharness_worker;
     grant execute on function
         pgharness.load_run(bigint), pgharness.load_inputs(bigint, bigint[], bigint[], bigint[]),
-        pgharness.load_slice(bigint, bigint, text, integer, bigint, bigint, bigint[]),
+        pgharness.load_slice(bigint, jsonb),
         pgharness.record_outcomes(bigint, jsonb), pgharness.charge_crash(bigint, text, bigint),
         pgharness.register_worker(text, integer, text, text[], integer, jsonb), pgharness.attach_queue_worker(bigint, bigint),
         pgharness.heartbeat(bigint, integer, text, bigint[], bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),

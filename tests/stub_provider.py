@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import re
 import signal
+import ssl
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -125,6 +125,12 @@ class StubProvider:
         assert self._runner is not None
         await self._runner.cleanup()
 
+    async def listen_with_tls(self, context: ssl.SSLContext) -> str:
+        """Listen with TLS as well, and return that address."""
+        assert self._runner is not None
+        await web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=context).start()
+        return f"https://localhost:{self._runner.addresses[-1][1]}"
+
     def base_url(self, provider: str) -> str:
         """Return the base_url of a model of this provider."""
         paths = {"openai_compatible": "/v1", "anthropic": "/anthropic", "gemini": "/gemini/v1beta"}
@@ -133,6 +139,12 @@ class StubProvider:
     def play(self, *scenes: Scene) -> None:
         """Play these scenes for the next requests, one each."""
         self._scenes.extend(scenes)
+
+    @property
+    def connections(self) -> int:
+        """Return how many connections are open, in use or not."""
+        assert self._runner is not None and self._runner.server is not None
+        return len(self._runner.server.connections)
 
     @property
     def problems(self) -> list[str]:
@@ -580,8 +592,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="0 takes a free port")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
     arguments = parser.parse_args()
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve_forever(arguments.port, arguments.latency))
+    asyncio.run(_serve_forever(arguments.port, arguments.latency))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,19 @@ $$;
 comment on function pgharness._refuse_unknown(text, text, text[], text) is
 'Raise PH001 for a name that does not exist, or PH002 when none was given, with what exists and what to type.';
 
+create or replace function pgharness._check_id(what text, id bigint, name text) returns void
+    language plpgsql immutable security invoker set search_path = pgharness, pg_temp
+as $$
+begin
+    if _check_id.id is not null and _check_id.name is null then
+        raise exception '% with id % does not exist', what, _check_id.id
+            using errcode = 'PH001', hint = format('List those that exist: select id, name from pgharness.%ss;', what);
+    end if;
+end;
+$$;
+comment on function pgharness._check_id(text, bigint, text) is
+'Raise PH001 for an id under which no name was found: a foreign key with a null in it checks nothing.';
+
 create or replace function pgharness._project_id(project text) returns bigint
     language plpgsql stable security invoker set search_path = pgharness, pg_temp
 as $$
@@ -165,20 +178,28 @@ as $$
 declare
     v_schema   jsonb;
     v_problems text[];
-    v_paths    text;
 begin
     if new.project_id is not distinct from old.project_id then
         new.project_id := case when new.project is not null then _project_id(new.project) end;
     end if;
     select p.name into new.project from projects as p where p.id = new.project_id;
+    perform _check_id('project', new.project_id, new.project);
     if new.experiment_id is not distinct from old.experiment_id then
         new.experiment_id := _experiment_id(new.experiment);
     end if;
     select e.name, e.config_schema into new.experiment, v_schema from experiments as e where e.id = new.experiment_id;
+    perform _check_id('experiment', new.experiment_id, new.experiment);
+    if array_ndims(new.cycle_transcript_overlaps) > 1 or array_lower(new.cycle_transcript_overlaps, 1) <> 1
+       or (select count(distinct o) < count(*) from unnest(new.cycle_transcript_overlaps) as o) then
+        raise exception 'cycle_transcript_overlaps of instance "%" is %, not a list of different overlaps', new.name, new.cycle_transcript_overlaps
+            using errcode = 'PH002', hint = 'Name each overlap once, for example ''{0,50,100}''; for more notes of each raise note_replications.';
+    end if;
+    if tg_op = 'UPDATE' and (new.experiment_id, new.config) is not distinct from (old.experiment_id, old.config) then
+        return new;                                     -- nothing to check: a rename must not fail over a schema that changed since
+    end if;
     new.config := _apply_defaults(v_schema, new.config);
-    select array_agg(format('%s %s', case when v.path = '' then 'config' else 'config.' || v.path end, v.problem)),
-           string_agg(v.path, ', ')
-      into v_problems, v_paths
+    select array_agg(format('%s %s', case when v.path = '' or v.path like '[%' then 'config' || v.path else 'config.' || v.path end, v.problem))
+      into v_problems
       from schema_violations(v_schema, new.config) as v;
     if v_problems is not null then
         raise exception '%', v_problems[1]
@@ -220,6 +241,7 @@ begin
         new.dataset_id := case when new.dataset is not null then _dataset_id(new.dataset) end;
     end if;
     select d.name into new.dataset from datasets as d where d.id = new.dataset_id;
+    perform _check_id('dataset', new.dataset_id, new.dataset);
     new.digest := encode(sha256(convert_to(new.input::text || E'\n' || coalesce(new.target::text, ''), 'UTF8')), 'hex');
     if tg_op = 'UPDATE' and new.digest <> old.digest then
         select r.name into v_run from run_cases as rc join runs as r on r.id = rc.run_id where rc.case_id = old.id order by r.id limit 1;
@@ -261,10 +283,12 @@ begin
         new.case_id := _case_id(new.case_name);
     end if;
     select c.name into new.case_name from cases as c where c.id = new.case_id;
+    perform _check_id('case', new.case_id, new.case_name);
     if new.generator_id is not distinct from old.generator_id then
         new.generator_id := case when new.generator is not null then _model_id(new.generator) end;
     end if;
     select m.name into new.generator from models as m where m.id = new.generator_id;
+    perform _check_id('model', new.generator_id, new.generator);
     v_problem := _criteria_problem(new.criteria);
     if v_problem is not null then
         raise exception 'rubric of case "%" by %: %', new.case_name, new.author, v_problem
@@ -314,8 +338,8 @@ as $$
                 or jsonb_typeof(c.value -> 'weight') is distinct from 'number'
                 or (c.value ->> 'weight')::numeric not between 0 and 100
              order by c.number limit 1),
-            (select 'every weight is 0' from jsonb_array_elements(criteria) as c (value)
-             having sum((c.value ->> 'weight')::numeric) = 0))
+            (select 'the weights add up to 0' from jsonb_array_elements(criteria) as c (value)
+             having round(sum((c.value ->> 'weight')::numeric), 4) = 0))
     end;
 $$;
 comment on function pgharness._criteria_problem(jsonb) is 'What is wrong with a rubric''s criteria, naming the criterion; null when nothing is.';
@@ -347,7 +371,9 @@ begin
         new.case_id := _case_id(new.case_name);
     end if;
     select i.name into new.instance from instances as i where i.id = new.instance_id;
+    perform _check_id('instance', new.instance_id, new.instance);
     select c.name into new.case_name from cases as c where c.id = new.case_id;
+    perform _check_id('case', new.case_id, new.case_name);
     return new;
 end;
 $$;
@@ -369,8 +395,11 @@ begin
         new.grader_id := case when new.grader is not null then _model_id(new.grader) end;
     end if;
     select i.name into new.instance from instances as i where i.id = new.instance_id;
+    perform _check_id('instance', new.instance_id, new.instance);
     select m.name, m.provider into new.generator, v_provider from models as m where m.id = new.generator_id;
+    perform _check_id('model', new.generator_id, new.generator);
     select m.name into new.grader from models as m where m.id = new.grader_id;
+    perform _check_id('model', new.grader_id, new.grader);
     if v_provider = 'metric' then
         raise exception 'generator "%" is a metric, which writes no notes', new.generator
             using errcode = 'PH002', hint = 'Use it as the grader; list generators: select name from pgharness.models where provider <> ''metric'';';
@@ -390,12 +419,21 @@ create or replace function pgharness._check_models() returns trigger
     language plpgsql volatile security invoker set search_path = pgharness, pg_temp
 as $$
 begin
+    if new.api_key_env !~ '^[A-Z][A-Z0-9_]*_(KEY|TOKEN)$' then
+        -- before the table's own check, whose message would show the row: somebody may have pasted a key
+        raise exception 'api_key_env of model "%" is not the name of an environment variable that ends in _KEY or _TOKEN', new.name
+            using errcode = 'PH002', hint = 'Name the variable that holds the key on the workers, for example OPENAI_API_KEY; the key itself is never stored.';
+    end if;
     if new.provider = 'metric' then
         perform _check_metric(new.model, new.parameters);
+        if exists (select from model_combinations as mc where mc.generator_id = new.id) then
+            raise exception 'model "%" is the generator of a combination, and a metric writes no notes', new.name
+                using errcode = 'PH003', hint = 'Insert the metric under another name.';
+        end if;
     elsif new.provider = 'python' and new.model !~ '^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$' then
         raise exception 'model "%": "%" does not name a callable', new.name, new.model
             using errcode = 'PH002', hint = 'Write package.module:function, for example my_models.baseline:write_note.';
-    elsif new.provider = 'command' and not jsonb_path_exists(new.parameters, 'strict $.command ? (@.type() == "array" && @.size() > 0)', silent => true) then
+    elsif new.provider = 'command' and jsonb_path_exists(new.parameters, 'strict $.command ? (@.type() == "array" && @.size() > 0)', silent => true) is not true then
         raise exception 'model "%": parameters.command is missing', new.name
             using errcode = 'PH002', hint = 'Give the program as an array: {"command": ["python", "generate.py"], "repository": "..."}.';
     end if;
@@ -467,6 +505,10 @@ create or replace trigger _100_refuse before update or delete on pgharness.run_c
     for each row execute function pgharness._refuse_change();
 create or replace trigger _100_refuse before update or delete on pgharness.run_rubrics
     for each row execute function pgharness._refuse_change();
+-- all but combination_id, which becomes null when the combination is deleted
+create or replace trigger _100_refuse
+    before delete or update of run_id, number, name, generator_id, generator, grader_id, grader, rubric_count, grade_replications
+    on pgharness.run_combinations for each row execute function pgharness._refuse_change();
 
 create or replace function pgharness.add_cases(
     instance text, eligible boolean default false, dataset text default null, names text[] default null
@@ -476,22 +518,18 @@ as $$
 declare
     v_instance instances;
     v_dataset  bigint;
-    v_unknown  text;
+    v_cases    bigint[] := array(select _case_id(n) from unnest(add_cases.names) as n);
     v_count    bigint;
 begin
     select * into strict v_instance from instances as i where i.id = _instance_id(add_cases.instance);
     if add_cases.dataset is not null then
         v_dataset := _dataset_id(add_cases.dataset);
     end if;
-    select n into v_unknown from unnest(add_cases.names) as n where not exists (select from cases as c where c.name = n) limit 1;
-    if v_unknown is not null then
-        perform _case_id(v_unknown);
-    end if;
     insert into instance_cases (instance_id, instance, case_id, case_name)
     select v_instance.id, v_instance.name, c.id, c.name
       from cases as c
      where (v_dataset is null or c.dataset_id = v_dataset)
-       and (add_cases.names is null or c.name = any (add_cases.names))
+       and (add_cases.names is null or c.id = any (v_cases))
        and (not add_cases.eligible
             or (select count(*) from accepted_rubrics as a where a.case_id = c.id) >= greatest(v_instance.rubrics_per_case, 1))
      order by c.id

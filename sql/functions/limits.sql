@@ -54,15 +54,16 @@ begin
     v_bucket.requests_available := least(v_bucket.requests_available + v_seconds * v_model.requests_per_minute / 60.0, greatest(v_model.requests_per_minute / 30.0, 1));
     v_bucket.tokens_available := least(v_bucket.tokens_available + v_seconds * v_model.tokens_per_minute / 60.0, greatest(v_model.tokens_per_minute / 30.0, v_each));
     if v_model.requests_per_minute is not null then
-        v_granted := least(v_granted, floor(v_bucket.requests_available)::integer);
+        v_granted := least(v_granted, floor(v_bucket.requests_available));
     end if;
     if v_model.tokens_per_minute is not null and v_each > 0 then
-        v_granted := least(v_granted, floor(v_bucket.tokens_available / v_each)::integer);
+        v_granted := least(v_granted, floor(v_bucket.tokens_available / v_each));
     end if;
     v_granted := greatest(v_granted, 0);
     update model_limits as l
-       set requests_available = coalesce(v_bucket.requests_available - v_granted, 0),
-           tokens_available = coalesce(v_bucket.tokens_available - case when take_requests.requests > 0 then v_granted * v_each else take_requests.tokens end, 0),
+       set requests_available = case when v_model.requests_per_minute is null then 1e9 else v_bucket.requests_available - v_granted end,
+           tokens_available = case when v_model.tokens_per_minute is null then 1e9       -- a limit that is set later starts full
+                                   else v_bucket.tokens_available - case when take_requests.requests > 0 then v_granted * v_each else take_requests.tokens end end,
            refilled_at = clock()
      where l.model_id = take_requests.model_id;
     return query select v_granted, case when v_granted > 0 or take_requests.requests = 0 then 0::double precision else greatest(
@@ -76,8 +77,8 @@ comment on function pgharness.take_requests(bigint, integer, bigint) is
 create or replace function pgharness.block_model(model_id bigint, seconds double precision) returns void
     language sql volatile security definer set search_path = pgharness, pg_temp
 as $$
-    insert into model_limits as l (model_id, blocked_until) values (block_model.model_id, clock() + make_interval(secs => block_model.seconds))
+    insert into model_limits as l (model_id, blocked_until) values (block_model.model_id, clock() + make_interval(secs => least(block_model.seconds, 86400)))
     on conflict on constraint model_limits_pkey do update set blocked_until = greatest(l.blocked_until, excluded.blocked_until);
 $$;
 comment on function pgharness.block_model(bigint, double precision) is
-'For workers: hold back every worker''s calls to a model for so many seconds, because its provider asked to wait. Example: select pgharness.block_model(2, 10);';
+'For workers: hold back every worker''s calls to a model for so many seconds, a day at most, because its provider asked to wait. Example: select pgharness.block_model(2, 10);';

@@ -12,16 +12,19 @@ create or replace function pgharness._plan_run() returns trigger
 as $$
 begin
     if new.rerun_of_id is not null then
-        select r.instance_id into new.instance_id from runs as r where r.id = new.rerun_of_id;
+        select r.instance_id, r.instance into new.instance_id, new.instance from runs as r where r.id = new.rerun_of_id;
+        perform _check_id('run', new.rerun_of_id, new.instance);
     elsif new.instance_id is null then
         new.instance_id := _instance_id(new.instance);
     end if;
     -- the lock makes two starts of one instance take two different default names
     select i.name, coalesce(new.budget_usd, i.budget_usd) into new.instance, new.budget_usd
       from instances as i where i.id = new.instance_id for no key update;
+    perform _check_id('instance', new.instance_id, new.instance);
     if new.name is null then
+        -- among all runs: another instance may have had this name before
         select new.instance || '/' || coalesce(max(substring(r.name from '/(\d{1,9})$')::integer), 0) + 1 into new.name
-          from runs as r where r.instance_id = new.instance_id and r.name like replace(replace(new.instance, '\', '\\'), '_', '\_') || '/%';
+          from runs as r where r.name like replace(replace(new.instance, '\', '\\'), '_', '\_') || '/%';
     end if;
     new.status := 'running';
     new.activated_at := clock();
@@ -191,7 +194,7 @@ begin
                 case when tg_op = 'INSERT' then 'started' else new.status end || coalesce(': ' || new.reason, ''),
                 jsonb_build_object('by', session_user));
         perform pg_notify('pgharness', jsonb_build_object(
-            'event', case when tg_op = 'INSERT' then 'run.started' else 'run.' || new.status end, 'run_id', new.id, 'run', new.name,
+            'event', case when tg_op = 'INSERT' then 'run.started' else 'run.' || new.status end, 'run_id', new.id, 'run', left(new.name, 500),
             'status', new.status, 'previous_status', case when tg_op = 'UPDATE' then old.status end, 'reason', left(new.reason, 500), 'at', clock())::text);
     end if;
     return null;
@@ -235,10 +238,10 @@ begin
         return;
     end if;
     select (d.definition ->> 'failure_threshold')::double precision into v_threshold from run_definitions as d where d.run_id = v_run.id;
-    v_failed := v_run.notes_failed + v_run.grades_failed;
+    v_failed := v_run.notes_failed + v_run.grades_failed + v_run.grades_skipped;
     if v_failed > v_threshold * (v_run.note_count + v_run.grade_count) then
-        perform _set_status(v_run.id, 'failed', format('%s notes and %s grades failed, more than %s%% of %s',
-                                                       v_run.notes_failed, v_run.grades_failed, round((v_threshold * 100)::numeric, 2),
+        perform _set_status(v_run.id, 'failed', format('%s notes and %s grades failed (%s grades of failed notes are skipped), more than %s%% of %s',
+                                                       v_run.notes_failed, v_run.grades_failed, v_run.grades_skipped, round((v_threshold * 100)::numeric, 2),
                                                        v_run.note_count + v_run.grade_count));
     elsif v_run.notes_succeeded + v_run.notes_failed = v_run.note_count
       and v_run.grades_succeeded + v_run.grades_failed + v_run.grades_skipped = v_run.grade_count then
@@ -282,9 +285,9 @@ begin
     if start_run.idempotency_key is not null then
         -- two starts with one key: the second waits here for the first
         perform pg_advisory_xact_lock(hashtextextended('pgharness.start_run ' || start_run.idempotency_key, 0));
-        select r.id, r.instance_id, r.kind, r.name into v_run from runs as r where r.idempotency_key = start_run.idempotency_key;
+        select r.id, r.instance_id, r.kind, r.name, r.rerun_of_id into v_run from runs as r where r.idempotency_key = start_run.idempotency_key;
         if found then
-            if v_run.instance_id <> v_instance_id or v_run.kind <> start_run.kind then
+            if v_run.instance_id <> v_instance_id or v_run.kind <> start_run.kind or v_run.rerun_of_id is not null then
                 raise exception 'idempotency key "%" already started run "%" (%)', start_run.idempotency_key, v_run.name, v_run.kind
                     using errcode = 'PH004', hint = 'Use another key for another run.';
             end if;
@@ -304,15 +307,21 @@ create or replace function pgharness.rerun(run_id bigint, kind text default null
     language plpgsql volatile security invoker set search_path = pgharness, pg_temp
 as $$
 declare
-    v_run runs;
-    v_id  bigint;
+    v_run   runs;
+    v_other record;
+    v_id    bigint;
 begin
-    select * into v_run from runs as r where r.id = _run_id(rerun.run_id::text);
+    select * into v_run from runs as r where r.id = rerun.run_id;
+    perform _check_id('run', rerun.run_id, v_run.name);
     if rerun.idempotency_key is not null then
         perform pg_advisory_xact_lock(hashtextextended('pgharness.start_run ' || rerun.idempotency_key, 0));
-        select r.id into v_id from runs as r where r.idempotency_key = rerun.idempotency_key and r.rerun_of_id = v_run.id;
+        select r.id, r.name, r.kind, r.rerun_of_id into v_other from runs as r where r.idempotency_key = rerun.idempotency_key;
         if found then
-            return _receipt(v_id);
+            if v_other.rerun_of_id is distinct from v_run.id or v_other.kind <> coalesce(rerun.kind, v_run.kind) then
+                raise exception 'idempotency key "%" already started run "%" (%)', rerun.idempotency_key, v_other.name, v_other.kind
+                    using errcode = 'PH004', hint = 'Use another key for another run.';
+            end if;
+            return _receipt(v_other.id);
         end if;
     end if;
     insert into runs (instance_id, instance, kind, idempotency_key, budget_usd, priority, rerun_of_id)
@@ -322,7 +331,7 @@ begin
 end;
 $$;
 comment on function pgharness.rerun(bigint, text, text) is
-'Start a new run with the frozen definition of an earlier one: same cases, rubrics, models, prompts and seed, whatever the instance says now. Raises PH001. Example: select run_id from pgharness.rerun(7);';
+'Start a new run with the frozen definition of an earlier one: same cases, rubrics, models, prompts and seed, whatever the instance says now. With an idempotency key a second call returns the first rerun. Raises PH001, PH004 (key used for something else). Example: select run_id from pgharness.rerun(7);';
 
 create or replace function pgharness.pause_run(run_id bigint, reason text default 'paused by hand') returns pgharness.run_receipt
     language plpgsql volatile security definer set search_path = pgharness, pg_temp

@@ -62,37 +62,47 @@ end;
 $$;
 comment on function pgharness._drop_jobs(bigint) is 'Delete the waiting jobs of a run; those being worked on end by themselves.';
 
-create or replace function pgharness._missing(run_id bigint, kind text, first bigint, last bigint) returns setof bigint
+create or replace function pgharness._missing(run_id bigint, kind text, ordinals bigint[]) returns setof bigint
     language plpgsql stable security definer set search_path = pgharness, pg_temp
 as $$
+declare
+    v_stride integer;
 begin
     if kind = 'note' then
         return query
-        select o from generate_series(_missing.first, _missing.last) as o
+        select o from unnest(_missing.ordinals) as o
          where not exists (select from notes as n where n.run_id = _missing.run_id and n.ordinal = o)
-           and not exists (select from failures as f where f.run_id = _missing.run_id and f.kind = 'note' and f.ordinal = o and f.status = 'failed');
+           and not exists (select from failures as f where f.run_id = _missing.run_id and f.kind = 'note' and f.ordinal = o and f.status = 'failed')
+         order by o;
     else
+        select d.grade_stride into strict v_stride from run_definitions as d where d.run_id = _missing.run_id;
         return query
-        select n.ordinal * d.grade_stride + k
-          from run_definitions as d
-          join notes as n on n.run_id = d.run_id and n.ordinal between _missing.first / d.grade_stride and _missing.last / d.grade_stride
-          join run_combinations as c on c.run_id = n.run_id and c.number = n.combination_number
-         cross join lateral generate_series(0, c.grades_per_note - 1) as k
-         cross join lateral _grade_place(c, k) as place
-         where d.run_id = _missing.run_id
-           and n.ordinal * d.grade_stride + k between _missing.first and _missing.last
+        select o
+          from unnest(_missing.ordinals) as o
+          join notes as n on n.run_id = _missing.run_id and n.ordinal = o / v_stride
+          join run_combinations as c on c.run_id = _missing.run_id and c.number = n.combination_number
+         cross join lateral _grade_place(c, (o % v_stride)::integer) as place
+         where o % v_stride < c.grades_per_note
            and not exists (
                select from grades as g
-                where g.run_id = n.run_id and g.note_ordinal = n.ordinal
+                where g.run_id = _missing.run_id and g.note_ordinal = o / v_stride
                   and g.rubric_number = place.rubric_number and g.replication = place.replication)
            and not exists (
-               select from failures as f
-                where f.run_id = n.run_id and f.kind = 'grade' and f.ordinal = n.ordinal * d.grade_stride + k and f.status = 'failed');
+               select from failures as f where f.run_id = _missing.run_id and f.kind = 'grade' and f.ordinal = o and f.status = 'failed')
+         order by o;
     end if;
 end;
 $$;
-comment on function pgharness._missing(bigint, text, bigint, bigint) is
-'The ordinals of a range that are neither done nor failed: the plan minus what is there. A grade is missing only once its note exists.';
+comment on function pgharness._missing(bigint, text, bigint[]) is
+'Those of some ordinals that are neither done nor failed: the plan minus what is there. A grade is missing only once its note exists.';
+
+create or replace function pgharness._ordinals(slice jsonb) returns bigint[]
+    language sql immutable security invoker set search_path = pgharness, pg_temp
+as $$
+    select case when slice ? 'ordinals' then array(select o::bigint from jsonb_array_elements_text(slice -> 'ordinals') as o)
+                else array(select generate_series((slice ->> 'first')::bigint, (slice ->> 'last')::bigint)) end;
+$$;
+comment on function pgharness._ordinals(jsonb) is 'The ordinals that a queue job names, as a list or as a range.';
 
 create or replace function pgharness._requeue(run_id bigint) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -150,47 +160,54 @@ $$;
 comment on function pgharness.load_run(bigint) is
 'For workers: the frozen definition of a run with its combinations, or null when it is gone. It never changes. Example: select pgharness.load_run(7);';
 
-create or replace function pgharness.load_slice(
-    worker_id bigint, run_id bigint, kind text, epoch integer, first bigint default null, last bigint default null, ordinals bigint[] default null
-) returns table (ordinal bigint, case_id bigint, case_number integer, combination_number integer, overlap integer, replication integer,
-                 note_ordinal bigint, rubric_number integer, rubric_id bigint, tries integer, cause text, error text, answer text)
+create or replace function pgharness.load_slice(worker_id bigint, slice jsonb)
+    returns table (ordinal bigint, case_id bigint, combination_number integer, overlap integer, replication integer,
+                   note_ordinal bigint, rubric_id bigint, tries integer, cause text, error text, answer text)
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
+declare
+    v_run_id  bigint := (slice ->> 'run_id')::bigint;
+    v_is_list boolean := slice ? 'ordinals';
+    v_plan    run_definitions;
+    v_missing bigint[];
 begin
-    if not exists (select from runs as r where r.id = load_slice.run_id and r.status = 'running' and r.epoch = load_slice.epoch) then
+    if not exists (select from runs as r where r.id = v_run_id and r.status = 'running' and r.epoch = (slice ->> 'epoch')::integer) then
         return;                                         -- paused, finished, deleted, or queued anew since
     end if;
-    insert into run_workers (run_id, worker_id) values (load_slice.run_id, load_slice.worker_id) on conflict do nothing;
-    return query
-    with item as (
-        select m as ordinal
-          from (select load_slice.first as first, load_slice.last as last where load_slice.ordinals is null
-                union all
-                select o, o from unnest(load_slice.ordinals) as o) as span
-         cross join lateral _missing(load_slice.run_id, load_slice.kind, span.first, span.last) as m
-    )
-    select i.ordinal, rc.case_id, place.case_number, place.combination_number, place.overlap,
-           case when load_slice.kind = 'note' then place.replication else grade.replication end,
-           note.ordinal, grade.rubric_number, rr.rubric_id, coalesce(f.attempts + f.delays, 0), f.cause, f.error, f.answer
-      from item as i
-      join run_definitions as d on d.run_id = load_slice.run_id
-     cross join lateral (select case when load_slice.kind = 'note' then i.ordinal else i.ordinal / d.grade_stride end as ordinal) as note
-     cross join lateral _note_place(d, note.ordinal) as place
-      join run_cases as rc on rc.run_id = d.run_id and rc.number = place.case_number
-      join run_combinations as c on c.run_id = d.run_id and c.number = place.combination_number
-      left join lateral _grade_place(c, (i.ordinal % d.grade_stride)::integer) as grade on load_slice.kind = 'grade'
-      left join run_rubrics as rr on load_slice.kind = 'grade' and rr.run_id = d.run_id and rr.case_number = place.case_number and rr.number = grade.rubric_number
-      left join failures as f on f.run_id = d.run_id and f.kind = load_slice.kind and f.ordinal = i.ordinal
-     where f.next_attempt_at is null or f.next_attempt_at <= clock() or load_slice.ordinals is not null
-     order by i.ordinal;
+    insert into run_workers (run_id, worker_id) values (v_run_id, load_slice.worker_id) on conflict do nothing;
+    select * into strict v_plan from run_definitions as d where d.run_id = v_run_id;
+    v_missing := array(select _missing(v_run_id, slice ->> 'kind', _ordinals(slice)));
+    -- an item of a range that waits for its next attempt has a job of its own
+    if slice ->> 'kind' = 'note' then
+        return query
+        select o, rc.case_id, place.combination_number, place.overlap, place.replication,
+               o, null::bigint, coalesce(f.attempts + f.delays, 0), f.cause, f.error, f.answer
+          from unnest(v_missing) as o
+         cross join lateral _note_place(v_plan, o) as place
+          join run_cases as rc on rc.run_id = v_run_id and rc.number = place.case_number
+          left join failures as f on f.run_id = v_run_id and f.kind = 'note' and f.ordinal = o
+         where (v_is_list or f.next_attempt_at is null or f.next_attempt_at <= clock());
+    else
+        return query
+        select o, rc.case_id, n.combination_number, n.overlap, place.replication,
+               n.ordinal, rr.rubric_id, coalesce(f.attempts + f.delays, 0), f.cause, f.error, f.answer
+          from unnest(v_missing) as o
+          join notes as n on n.run_id = v_run_id and n.ordinal = o / v_plan.grade_stride
+          join run_combinations as c on c.run_id = v_run_id and c.number = n.combination_number
+         cross join lateral _grade_place(c, (o % v_plan.grade_stride)::integer) as place
+          join run_cases as rc on rc.run_id = v_run_id and rc.number = n.case_number
+          left join run_rubrics as rr on rr.run_id = v_run_id and rr.case_number = n.case_number and rr.number = place.rubric_number
+          left join failures as f on f.run_id = v_run_id and f.kind = 'grade' and f.ordinal = o
+         where (v_is_list or f.next_attempt_at is null or f.next_attempt_at <= clock());
+    end if;
 end;
 $$;
-comment on function pgharness.load_slice(bigint, bigint, text, integer, bigint, bigint, bigint[]) is
-'For workers: what a slice still has to do; nothing when the run is not running or was queued anew. An item that waits for its next attempt has a job of its own. Idempotent. Example: select * from pgharness.load_slice(1, 7, ''note'', 0, first => 0, last => 99);';
+comment on function pgharness.load_slice(bigint, jsonb) is
+'For workers: what a slice (a queue job''s arguments: run_id, kind, epoch, and first and last or ordinals) still has to do; nothing when the run is not running or was queued anew. Idempotent. Example: select * from pgharness.load_slice(1, ''{"run_id": 7, "kind": "note", "epoch": 0, "first": 0, "last": 99}'');';
 
 create or replace function pgharness._note_place(definition pgharness.run_definitions, ordinal bigint)
     returns table (case_number integer, combination_number integer, overlap integer, replication integer)
-    language sql immutable security invoker set search_path = pgharness, pg_temp
+    language sql immutable security invoker          -- no pinned path: it names nothing, and is inlined
 as $$
     -- combinations vary fastest and replications slowest: every prefix of the plan compares all combinations on the same cases
     select (ordinal / (definition).combination_count % (definition).case_count)::integer,
@@ -203,7 +220,7 @@ comment on function pgharness._note_place(pgharness.run_definitions, bigint) is
 
 create or replace function pgharness._grade_place(combination pgharness.run_combinations, place integer)
     returns table (rubric_number integer, replication integer)
-    language sql immutable security invoker set search_path = pgharness, pg_temp
+    language sql immutable security invoker          -- no pinned path: it names nothing, and is inlined
 as $$
     select case when (combination).rubric_count > 0 then place / (combination).grade_replications + 1 else 0 end,
            place % (combination).grade_replications + 1;
@@ -229,118 +246,109 @@ create or replace function pgharness.record_outcomes(worker_id bigint, outcomes 
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
-    v_outcomes outcome[] := array(select distinct on (o.run_id, o.kind, o.ordinal, o.result) o from jsonb_populate_recordset(null::outcome, outcomes) as o);
-    v_runs     bigint[];
-    v_open     bigint[];
-    v_done     outcome[];
-    v_failed   failures[];
-    v_run      bigint;
+    v_outcomes   outcome[] := array(select distinct on (o.run_id, o.kind, o.ordinal, o.result) o from jsonb_populate_recordset(null::outcome, outcomes) as o);
+    v_run        runs;
+    v_definition run_definitions;
+    v_mine       outcome[];
+    v_notes      bigint[];
+    v_grades     bigint[];
+    v_failed     failures[];
 begin
     -- one writer a run at a time: the counters, the state and the rows then always agree
-    v_runs := array(select r.id from runs as r where r.id in (select o.run_id from unnest(v_outcomes) as o) order by r.id for no key update);
-    v_open := array(select r.id from runs as r where r.id = any (v_runs) and r.finished_at is null);
-    v_done := _record_notes(v_outcomes, v_open) || _record_grades(v_outcomes, v_open);
-    v_failed := _record_failures(v_outcomes, v_open);
-    delete from failures as f using unnest(v_done) as o
-     where f.run_id = o.run_id and f.kind = o.kind and f.ordinal = o.ordinal;
-    perform _record_calls(record_outcomes.worker_id, v_outcomes, v_runs);
-    foreach v_run in array v_runs loop
-        perform _advance_run(v_run, array(select o from unnest(v_done) as o where o.run_id = v_run),
-                             array(select f from unnest(v_failed) as f where f.run_id = v_run));
+    for v_run in select r.* from runs as r where r.id in (select o.run_id from unnest(v_outcomes) as o) order by r.id for no key update loop
+        select * into strict v_definition from run_definitions as d where d.run_id = v_run.id;
+        v_mine := array(select o from unnest(v_outcomes) as o where o.run_id = v_run.id);
+        perform _record_calls(record_outcomes.worker_id, v_run.id, v_mine);
+        if v_run.finished_at is null then
+            v_notes := _record_notes(v_run, v_definition, v_mine);
+            v_grades := _record_grades(v_definition, v_mine);
+            v_failed := _record_failures(v_definition, v_mine);
+            delete from failures as f where f.run_id = v_run.id and (f.kind = 'note' and f.ordinal = any (v_notes) or f.kind = 'grade' and f.ordinal = any (v_grades));
+            perform _advance_run(v_run.id, v_definition, v_notes, v_grades, v_failed);
+        end if;
     end loop;
-    return query select r.id, r.status, r.epoch from runs as r where r.id = any (v_runs);
+    return query select r.id, r.status, r.epoch from runs as r where r.id in (select o.run_id from unnest(v_outcomes) as o);
 end;
 $$;
 comment on function pgharness.record_outcomes(bigint, jsonb) is
 'For workers: record how tries ended (an array of objects shaped like type outcome): notes, grades, failures and calls are stored, the grades of new notes and the next tries are queued, the runs'' counters move and runs that are done end, in this transaction. An item recorded before is left as it is; outcomes for a finished run keep only their calls. Answers the state of each run. Example: select * from pgharness.record_outcomes(1, ''[]'');';
 
-create or replace function pgharness._record_notes(outcomes pgharness.outcome[], open_runs bigint[]) returns pgharness.outcome[]
+create or replace function pgharness._record_notes(run pgharness.runs, definition pgharness.run_definitions, outcomes pgharness.outcome[]) returns bigint[]
     language sql volatile security definer set search_path = pgharness, pg_temp
 as $$
     with recorded as (
         insert into notes (run_id, ordinal, case_number, combination_number, overlap, replication, attempts, output)
         select o.run_id, o.ordinal, place.case_number, place.combination_number, place.overlap, place.replication, o.attempt, o.output
           from unnest(outcomes) as o
-          join runs as r on r.id = o.run_id and o.ordinal between 0 and r.note_count - 1
-          join run_definitions as d on d.run_id = o.run_id
-         cross join lateral _note_place(d, o.ordinal) as place
-         where o.kind = 'note' and o.result = 'succeeded' and o.run_id = any (open_runs)
+         cross join lateral _note_place(definition, o.ordinal) as place
+         where o.kind = 'note' and o.result = 'succeeded' and o.ordinal between 0 and (run).note_count - 1
            and not exists (select from failures as f where f.run_id = o.run_id and f.kind = 'note' and f.ordinal = o.ordinal and f.status = 'failed')
         on conflict on constraint notes_pkey do nothing
-        returning run_id, ordinal
+        returning ordinal
     )
-    select coalesce(array_agg(o), '{}')
-      from unnest(outcomes) as o join recorded as n on n.run_id = o.run_id and n.ordinal = o.ordinal
-     where o.kind = 'note' and o.result = 'succeeded';
+    select coalesce(array_agg(n.ordinal), '{}') from recorded as n;
 $$;
-comment on function pgharness._record_notes(pgharness.outcome[], bigint[]) is 'Store the notes that are new; returns their outcomes.';
+comment on function pgharness._record_notes(pgharness.runs, pgharness.run_definitions, pgharness.outcome[]) is
+'Store a run''s notes that are new; returns their ordinals.';
 
-create or replace function pgharness._record_grades(outcomes pgharness.outcome[], open_runs bigint[]) returns pgharness.outcome[]
+create or replace function pgharness._record_grades(definition pgharness.run_definitions, outcomes pgharness.outcome[]) returns bigint[]
     language sql volatile security definer set search_path = pgharness, pg_temp
 as $$
-    with scored as (
-        select o.run_id, o.ordinal, n.ordinal as note_ordinal, slot.rubric_number, slot.replication, rb.id as rubric_id, o.attempt,
-               coalesce(v.score, o.score) as score, coalesce(v.max_score, o.max_score) as max_score,
-               coalesce(v.criteria_scores, o.verdicts, '[]') as criteria
+    with recorded as (
+        insert into grades (run_id, note_ordinal, rubric_number, replication, ordinal, rubric_id, attempts, score, max_score, criteria)
+        select o.run_id, n.ordinal, place.rubric_number, place.replication, o.ordinal, rb.id, o.attempt,
+               coalesce(v.score, o.score), coalesce(v.max_score, o.max_score), coalesce(v.criteria, o.verdicts, '[]')
           from unnest(outcomes) as o
-          join run_definitions as d on d.run_id = o.run_id
-          join notes as n on n.run_id = o.run_id and n.ordinal = o.ordinal / d.grade_stride
-          join run_combinations as c on c.run_id = o.run_id and c.number = n.combination_number and o.ordinal % d.grade_stride < c.grades_per_note
-         cross join lateral _grade_place(c, (o.ordinal % d.grade_stride)::integer) as slot
-          left join run_rubrics as rr on rr.run_id = o.run_id and rr.case_number = n.case_number and rr.number = slot.rubric_number
+          join notes as n on n.run_id = o.run_id and n.ordinal = o.ordinal / (definition).grade_stride
+          join run_combinations as c on c.run_id = n.run_id and c.number = n.combination_number
+         cross join lateral _grade_place(c, (o.ordinal % (definition).grade_stride)::integer) as place
+          left join run_rubrics as rr on rr.run_id = o.run_id and rr.case_number = n.case_number and rr.number = place.rubric_number
           left join rubrics as rb on rb.id = rr.rubric_id
           left join lateral _score(coalesce(rb.criteria, _target_criteria()), o.verdicts) as v on o.score is null
-         where o.kind = 'grade' and o.result = 'succeeded' and o.run_id = any (open_runs)
+         where o.kind = 'grade' and o.result = 'succeeded' and o.ordinal % (definition).grade_stride < c.grades_per_note
            and not exists (select from failures as f where f.run_id = o.run_id and f.kind = 'grade' and f.ordinal = o.ordinal and f.status = 'failed')
-    ), recorded as (
-        insert into grades (run_id, note_ordinal, rubric_number, replication, rubric_id, attempts, score, max_score, criteria)
-        select s.run_id, s.note_ordinal, s.rubric_number, s.replication, s.rubric_id, s.attempt, s.score, s.max_score, s.criteria from scored as s
         on conflict on constraint grades_pkey do nothing
-        returning run_id, note_ordinal, rubric_number, replication
+        returning ordinal
     )
-    select coalesce(array_agg(o), '{}')
-      from recorded as g
-      join scored as s on s.run_id = g.run_id and s.note_ordinal = g.note_ordinal and s.rubric_number = g.rubric_number and s.replication = g.replication
-      join unnest(outcomes) as o on o.run_id = s.run_id and o.ordinal = s.ordinal and o.kind = 'grade' and o.result = 'succeeded';
+    select coalesce(array_agg(g.ordinal), '{}') from recorded as g;
 $$;
-comment on function pgharness._record_grades(pgharness.outcome[], bigint[]) is
-'Score and store the grades that are new; returns their outcomes. A verdict counts weight * satisfaction / 100; a metric brings its score.';
+comment on function pgharness._record_grades(pgharness.run_definitions, pgharness.outcome[]) is
+'Score and store a run''s grades that are new; returns their ordinals. A verdict counts weight * satisfaction / 100; a metric brings its score.';
 
 create or replace function pgharness._target_criteria() returns jsonb
-    language sql immutable security invoker set search_path = pgharness, pg_temp
+    language sql immutable security invoker          -- no pinned path: it names nothing, and is inlined
 as $$ select '[{"criterion": "The output agrees with the target.", "weight": 100}]'::jsonb; $$;
 comment on function pgharness._target_criteria() is 'The one criterion by which a model grades when there is no rubric.';
 
-create or replace function pgharness._score(criteria jsonb, verdicts jsonb) returns table (score numeric, max_score numeric, criteria_scores jsonb)
-    language sql immutable security invoker set search_path = pgharness, pg_temp
+create or replace function pgharness._score(rubric jsonb, verdicts jsonb) returns table (score numeric, max_score numeric, criteria jsonb)
+    language sql immutable security invoker          -- no pinned path: it names nothing, and is inlined
 as $$
     select sum(part.score), sum(part.weight),
            jsonb_agg(jsonb_build_object('rationale', v.value ->> 'rationale', 'satisfaction', (v.value ->> 'satisfaction')::numeric, 'score', part.score) order by c.number)
-      from jsonb_array_elements(criteria) with ordinality as c (value, number)
+      from jsonb_array_elements(rubric) with ordinality as c (value, number)
       join jsonb_array_elements(verdicts) with ordinality as v (value, number) on v.number = c.number
      cross join lateral (
            select (c.value ->> 'weight')::numeric as weight,
                   round((c.value ->> 'weight')::numeric * (v.value ->> 'satisfaction')::numeric / 100, 2) as score) as part
-    having count(*) = jsonb_array_length(criteria) and count(*) = jsonb_array_length(verdicts);
+    having count(*) = jsonb_array_length(rubric) and count(*) = jsonb_array_length(verdicts);
 $$;
 comment on function pgharness._score(jsonb, jsonb) is
 'Score verdicts by a rubric''s criteria, in order: each gives weight * satisfaction / 100 rounded to cents, the sum is the score. No row when their numbers differ.';
 
-create or replace function pgharness._record_failures(outcomes pgharness.outcome[], open_runs bigint[]) returns pgharness.failures[]
+create or replace function pgharness._record_failures(definition pgharness.run_definitions, outcomes pgharness.outcome[]) returns pgharness.failures[]
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
     v_outcome  outcome;
     v_failure  failures;
     v_failures failures[] := '{}';
-    v_limits   record;
+    v_attempts integer := (definition).definition ->> 'max_attempts';
+    v_delay    double precision := (definition).definition ->> 'retry_delay_seconds';
 begin
     for v_outcome in
         select o.* from unnest(outcomes) as o
-         where o.result = 'failed' and o.run_id = any (open_runs) and o.ordinal in (select _missing(o.run_id, o.kind, o.ordinal, o.ordinal))
+         where o.result = 'failed' and o.ordinal in (select _missing(o.run_id, o.kind, array[o.ordinal]))
     loop
-        select (d.definition ->> 'max_attempts')::integer as attempts, (d.definition ->> 'retry_delay_seconds')::double precision as delay
-          into v_limits from run_definitions as d where d.run_id = v_outcome.run_id;
         insert into failures as f (run_id, kind, ordinal, status, cause, error) values (v_outcome.run_id, v_outcome.kind, v_outcome.ordinal, 'waiting', '', '')
         on conflict on constraint failures_pkey do update set updated_at = clock()
         returning f.* into v_failure;
@@ -350,12 +358,12 @@ begin
         v_failure.cause := v_outcome.cause;
         v_failure.error := v_outcome.error;
         v_failure.answer := v_outcome.answer;
-        if v_failure.attempts >= v_limits.attempts or v_failure.delays >= 50 or not v_outcome.is_retryable then
+        if v_failure.attempts >= v_attempts or v_failure.delays >= 50 or not v_outcome.is_retryable then
             v_failure.status := 'failed';
             v_failure.next_attempt_at := null;
         else
             v_failure.next_attempt_at := clock() + make_interval(secs => _retry_delay(
-                v_outcome.retry_after, case when v_outcome.spends_attempt then v_limits.delay * 2 ^ (v_failure.attempts - 1) else 2 ^ least(v_failure.delays - 1, 8) end));
+                v_outcome.retry_after, case when v_outcome.spends_attempt then v_delay * 2 ^ (v_failure.attempts - 1) else 2 ^ least(v_failure.delays - 1, 8) end));
         end if;
         update failures as f
            set status = v_failure.status, attempts = v_failure.attempts, delays = v_failure.delays, crashes = 0, cause = v_failure.cause,
@@ -366,7 +374,7 @@ begin
     return v_failures;
 end;
 $$;
-comment on function pgharness._record_failures(pgharness.outcome[], bigint[]) is
+comment on function pgharness._record_failures(pgharness.run_definitions, pgharness.outcome[]) is
 'Spend an attempt, or only wait after a rate limit or outage (at most 50 times), and set each item''s next try, or fail it for good; returns the rows.';
 
 create or replace function pgharness._retry_delay(retry_after double precision, backoff double precision) returns double precision
@@ -378,7 +386,7 @@ $$;
 comment on function pgharness._retry_delay(double precision, double precision) is
 'Seconds until the next try: what the server asked for, else the backoff (at most 5 minutes), with jitter.';
 
-create or replace function pgharness._record_calls(worker_id bigint, outcomes pgharness.outcome[], runs bigint[]) returns void
+create or replace function pgharness._record_calls(worker_id bigint, run_id bigint, outcomes pgharness.outcome[]) returns void
     language sql volatile security definer set search_path = pgharness, pg_temp
 as $$
     with recorded as (
@@ -391,52 +399,46 @@ as $$
          cross join lateral jsonb_to_recordset(o.calls) as c (
                model_id bigint, outcome text, error text, answer text, http_status integer, finish_reason text, request_id text,
                input_tokens integer, output_tokens integer, cached_tokens integer, cost_usd numeric, latency_ms double precision, started_at timestamptz)
-         where o.run_id = any (_record_calls.runs)
-        returning run_id, kind, cost_usd
+        returning kind, cost_usd
+    ), spent as (
+        select coalesce(sum(c.cost_usd) filter (where c.kind = 'note'), 0) as note, coalesce(sum(c.cost_usd) filter (where c.kind = 'grade'), 0) as grade
+          from recorded as c
     )
-    update pgharness.runs as r
+    update runs as r
        set note_cost_usd = r.note_cost_usd + spent.note, grade_cost_usd = r.grade_cost_usd + spent.grade
-      from (select c.run_id, coalesce(sum(c.cost_usd) filter (where c.kind = 'note'), 0) as note,
-                   coalesce(sum(c.cost_usd) filter (where c.kind = 'grade'), 0) as grade
-              from recorded as c group by c.run_id having sum(c.cost_usd) > 0) as spent
-     where r.id = spent.run_id;
+      from spent where r.id = _record_calls.run_id and spent.note + spent.grade > 0;
 $$;
-comment on function pgharness._record_calls(bigint, pgharness.outcome[], bigint[]) is
-'Store every call, whatever became of its item, and add its cost to the run.';
+comment on function pgharness._record_calls(bigint, bigint, pgharness.outcome[]) is
+'Store every call of a run''s outcomes, whatever became of its item, and add its cost to the run.';
 
-create or replace function pgharness._advance_run(run_id bigint, done pgharness.outcome[], failed pgharness.failures[]) returns void
+create or replace function pgharness._advance_run(
+    run_id bigint, definition pgharness.run_definitions, notes bigint[], grades bigint[], failed pgharness.failures[]
+) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
     v_run     runs;
-    v_stride  integer;
     v_skipped bigint;
     v_grades  bigint[];
     v_waiting record;
 begin
-    select d.grade_stride into v_stride from run_definitions as d where d.run_id = _advance_run.run_id;
     select coalesce(sum(c.grades_per_note), 0) into v_skipped
       from unnest(failed) as f
-      join run_definitions as d on d.run_id = f.run_id
-      join run_combinations as c on c.run_id = f.run_id and c.number = f.ordinal % d.combination_count
+      join run_combinations as c on c.run_id = f.run_id and c.number = f.ordinal % (definition).combination_count
      where f.kind = 'note' and f.status = 'failed';
     update runs as r
-       set notes_succeeded = r.notes_succeeded + count.notes, grades_succeeded = r.grades_succeeded + count.grades,
-           notes_failed = r.notes_failed + count.notes_failed, grades_failed = r.grades_failed + count.grades_failed,
-           grades_skipped = r.grades_skipped + v_skipped
-      from (select (select count(*) from unnest(done) as o where o.kind = 'note') as notes,
-                   (select count(*) from unnest(done) as o where o.kind = 'grade') as grades,
-                   (select count(*) from unnest(failed) as f where f.kind = 'note' and f.status = 'failed') as notes_failed,
-                   (select count(*) from unnest(failed) as f where f.kind = 'grade' and f.status = 'failed') as grades_failed) as count
+       set notes_succeeded = r.notes_succeeded + cardinality(_advance_run.notes), grades_succeeded = r.grades_succeeded + cardinality(_advance_run.grades),
+           notes_failed = r.notes_failed + count.notes, grades_failed = r.grades_failed + count.grades, grades_skipped = r.grades_skipped + v_skipped
+      from (select count(*) filter (where f.kind = 'note') as notes, count(*) filter (where f.kind = 'grade') as grades
+              from unnest(failed) as f where f.status = 'failed') as count
      where r.id = _advance_run.run_id returning r.* into v_run;
     if v_run.status = 'running' then                    -- a paused run queues these when it resumes
         v_grades := array(
-            select o.ordinal * v_stride + k
-              from unnest(done) as o
-              join notes as n on n.run_id = o.run_id and n.ordinal = o.ordinal
-              join run_combinations as c on c.run_id = n.run_id and c.number = n.combination_number
+            select o * (definition).grade_stride + k
+              from unnest(_advance_run.notes) as o
+              join run_combinations as c on c.run_id = v_run.id and c.number = o % (definition).combination_count
              cross join lateral generate_series(0, c.grades_per_note - 1) as k
-             where o.kind = 'note' order by 1);
+             order by 1);
         perform _defer_list(v_run.id, 'grade', v_grades, _slice_size(cardinality(v_grades) * 4));
         for v_waiting in
             select f.kind, array_agg(f.ordinal order by f.ordinal) as ordinals, max(f.next_attempt_at) as at
@@ -448,7 +450,7 @@ begin
     perform _settle_run(v_run.id);
 end;
 $$;
-comment on function pgharness._advance_run(bigint, pgharness.outcome[], pgharness.failures[]) is
+comment on function pgharness._advance_run(bigint, pgharness.run_definitions, bigint[], bigint[], pgharness.failures[]) is
 'Move a run''s counters, queue the grades of its new notes and its next tries, and end it when all is done. The caller holds the run''s row lock.';
 
 create or replace function pgharness.charge_crash(run_id bigint, kind text, ordinal bigint) returns integer
@@ -531,11 +533,7 @@ begin
         return;                                         -- nobody waits for it any more
     end if;
     v_crashes := coalesce((v_job.args ->> 'crashes')::integer, 0) + has_crashed::integer;
-    v_items := array(
-        select m from (select (v_job.args ->> 'first')::bigint as first, (v_job.args ->> 'last')::bigint as last where not v_job.args ? 'ordinals'
-                       union all
-                       select o::bigint, o::bigint from jsonb_array_elements_text(v_job.args -> 'ordinals') as o) as span
-         cross join lateral _missing(v_run.id, v_job.args ->> 'kind', span.first, span.last) as m order by 1);
+    v_items := array(select _missing(v_run.id, v_job.args ->> 'kind', _ordinals(v_job.args)));
     -- in parts: if one item kills workers, a few rounds leave it alone in its slice
     perform _defer_list(v_run.id, v_job.args ->> 'kind', v_items, greatest(1, ceil(cardinality(v_items) / 8.0)::integer), null, v_crashes);
 end;

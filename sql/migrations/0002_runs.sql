@@ -181,6 +181,7 @@ create table pgharness.grades (
     note_ordinal  bigint not null,
     rubric_number integer not null,
     replication   integer not null,
+    ordinal       bigint not null,
     rubric_id     bigint,
     attempts      integer not null,
     score         numeric(12, 4) not null,
@@ -194,6 +195,7 @@ create table pgharness.grades (
 ) with (autovacuum_vacuum_insert_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.02);
 comment on table pgharness.grades is
 'One row per scoring of a note: by a rubric (rubric_number from 1) or against the target (0), per replication. Read them through grade_results and criterion_results.';
+comment on column pgharness.grades.ordinal is 'Its number in the run''s plan: note_ordinal * grade_stride + its place among the note''s grades.';
 comment on column pgharness.grades.criteria is
 'One object per criterion of the rubric, in its order: rationale, satisfaction (0..100), score (weight * satisfaction / 100).';
 

@@ -72,6 +72,31 @@ def rows(
         return cursor.execute(_select(view, filters, order, limit), filters).fetchall()
 
 
+def stream(
+    connection: Connection[Any], view: str, /, *, order: str | None = None, **filters: object
+) -> Iterator[tuple[list[str], Iterator[tuple[Any, ...]]]]:
+    """Read a view of any size: yield its column names and an iterator of rows, once."""
+    with translated_errors(), connection.transaction(), connection.cursor(name="stream") as cursor:
+        cursor.itersize = 5_000
+        cursor.execute(_select(view, filters, order, None), filters)
+        yield [column.name for column in cursor.description or []], cursor
+
+
+def relations(connection: Connection[Any]) -> dict[str, list[str]]:
+    """Return the tables and views of schema pgharness with their columns, by name."""
+    found = connection.execute(
+        "select table_name, array_agg(column_name::text order by ordinal_position) "
+        "from information_schema.columns where table_schema = 'pgharness' group by 1 order by 1"
+    )
+    return dict(found.fetchall())
+
+
+def run_script(connection: Connection[Any], text: str) -> None:
+    """Run a file of plain SQL in one transaction."""
+    with translated_errors(), connection.transaction():
+        connection.execute(text.encode())
+
+
 def connect(url: str, *, autocommit: bool = True) -> Connection[Any]:
     """Open one connection, for commands that end soon."""
     try:

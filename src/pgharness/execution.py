@@ -16,7 +16,7 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any
@@ -115,7 +115,7 @@ class Engine:
         """Act on what the database says of runs: abort those that ended, start nothing of those that paused."""
         for state in states:
             run = self._runs.get(state["run_id"])
-            if run is None or state["epoch"] < run.epoch and state["status"] != "deleted":
+            if run is None or (state["epoch"] < run.epoch and state["status"] != "deleted"):
                 continue  # read before the run was queued anew
             run.status, run.epoch = state["status"], state["epoch"]
             if run.status in ("cancelled", "failed", "deleted"):
@@ -212,12 +212,7 @@ class Engine:
         rows = await self._persist(
             "load_slice",
             worker_id=self._worker_id,
-            run_id=work.run_id,
-            kind=work.kind,
-            epoch=work.epoch,
-            first=work.first,
-            last=work.last,
-            ordinals=work.ordinals,
+            slice={name: value for name, value in asdict(work).items() if value is not None},
         )
         if not rows:
             return []
@@ -288,7 +283,10 @@ class Engine:
                     outcome = self._score(run, item, spec)
                 else:
                     try:
-                        completer, request = self._completer(run, work.kind, spec), self._request(run, work.kind, item, spec)
+                        completer, request = (
+                            self._completer(run, work.kind, spec),
+                            self._request(run, work.kind, item, spec),
+                        )
                     except ModelError as exc:
                         outcome = item.outcome(run.run_id, work.kind, result="failed") | _failure(exc)
                     else:
@@ -314,7 +312,14 @@ class Engine:
                 self._update_room()
 
     async def _ask(
-        self, run: _Run, kind: ItemKind, item: _Item, spec: ModelSpec, completer: Completer, request: Request, tokens: int
+        self,
+        run: _Run,
+        kind: ItemKind,
+        item: _Item,
+        spec: ModelSpec,
+        completer: Completer,
+        request: Request,
+        tokens: int,
     ) -> Row:
         """Make the one call of this try and return its outcome; a cancelled call is recorded as such."""
         started_at, start = datetime.now(UTC).isoformat(), time.perf_counter()
@@ -344,7 +349,9 @@ class Engine:
             raise
         except Exception as exc:
             logger.exception("a completer failed with an unexpected error")
-            failed = call(outcome="error", error=f"{type(exc).__name__}: {exc}"[:4000], answer=traceback.format_exc()[-8000:])
+            failed = call(
+                outcome="error", error=f"{type(exc).__name__}: {exc}"[:4000], answer=traceback.format_exc()[-8000:]
+            )
             trouble = CodeFailed(f"{type(exc).__name__}: {exc}", text=traceback.format_exc()[-8000:])
             return item.outcome(run.run_id, kind, result="failed", calls=failed) | _failure(trouble)
         usage = completion.usage
@@ -366,7 +373,10 @@ class Engine:
             score = score_metric(spec.model, spec.parameters, item.note, item.case.get("target"))
         except ModelError as exc:
             return item.outcome(run.run_id, "grade", result="failed") | _failure(exc)
-        return item.outcome(run.run_id, "grade", result="succeeded") | {"score": score.score, "max_score": score.max_score}
+        return item.outcome(run.run_id, "grade", result="succeeded") | {
+            "score": score.score,
+            "max_score": score.max_score,
+        }
 
     def _completer(self, run: _Run, kind: ItemKind, spec: ModelSpec) -> Completer:
         key = (spec.id, spec.model_dump_json())
@@ -386,11 +396,17 @@ class Engine:
             "software_version": definition["software_version"],
             "run": definition["run"],
         }
-        values = case_values(item.case, config=definition["config"], overlap=row["overlap"], replication=row["replication"])
+        values = case_values(
+            item.case, config=definition["config"], overlap=row["overlap"], replication=row["replication"]
+        )
         schema = None
         if kind == "grade":
             criteria = criteria_values(item.rubric)
-            values |= {"note": text_of(item.note), "criteria": criteria, "rubric_author": (item.rubric or {}).get("author")}
+            values |= {
+                "note": text_of(item.note),
+                "criteria": criteria,
+                "rubric_author": (item.rubric or {}).get("author"),
+            }
             facts |= {"note": item.note, "rubric": {"criteria": criteria}}
             schema = verdict_schema(len(criteria))
         if kind not in run.prompts:
@@ -400,7 +416,10 @@ class Engine:
         if row["cause"] == InvalidOutput.outcome and row["answer"]:
             messages += (
                 Message("assistant", row["answer"]),
-                Message("user", f"This answer cannot be used: {row['error']}. Answer again, in full and in the form asked for."),
+                Message(
+                    "user",
+                    f"This answer cannot be used: {row['error']}. Answer again, in full and in the form asked for.",
+                ),
             )
         return Request(
             messages=messages,
@@ -519,7 +538,9 @@ class Recorder:
             await self._wake.wait()
             await asyncio.sleep(_LINGER_SECONDS)
             while self._queue:
-                batch, texts, size = [], [], 0
+                batch: list[tuple[Row, asyncio.Future[None]]] = []
+                texts: list[str] = []
+                size = 0
                 while self._queue and len(batch) < _BATCH_ITEMS and size < _BATCH_BYTES:
                     batch.append(self._queue.pop(0))
                     texts.append(_storable_json(batch[-1][0]))

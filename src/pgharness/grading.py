@@ -110,7 +110,9 @@ def score_metric(metric: str, parameters: Mapping[str, Any], output: Any, target
         case "regex":
             return Score(float(_search(str(parameters.get("pattern", wanted)), found, parameters)))
         case _:
-            raise RequestRejected(f"metric {metric!r} does not exist", hint="Use exact_match, numeric_match, contains or regex.")
+            raise RequestRejected(
+                f"metric {metric!r} does not exist", hint="Use exact_match, numeric_match, contains or regex."
+            )
 
 
 def _normal(text: str, parameters: Mapping[str, Any]) -> str:
@@ -130,4 +132,6 @@ def _search(pattern: str, text: str, parameters: Mapping[str, Any]) -> bool:
     except regex.error as exc:
         raise RequestRejected(f"pattern {pattern[:80]!r} is not a regular expression: {exc}") from None
     except TimeoutError:
-        raise RequestRejected(f"pattern {pattern[:80]!r} took longer than {_PATTERN_SECONDS} s on this output") from None
+        raise RequestRejected(
+            f"pattern {pattern[:80]!r} took longer than {_PATTERN_SECONDS} s on this output"
+        ) from None

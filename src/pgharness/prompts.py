@@ -66,11 +66,15 @@ def text_of(value: Any) -> str:
         parts = [f"{key.replace('_', ' ').capitalize()}:\n{text_of(item)}" for key, item in rest.items() if item]
         return "\n\n".join([*parts, f"Transcript:\n{text_of(value['transcript'])}"])
     if isinstance(value, list) and value and all(isinstance(turn, dict) and "text" in turn for turn in value):
-        return "\n".join(f"{turn['speaker']}: {turn['text']}" if turn.get("speaker") else str(turn["text"]) for turn in value)
+        return "\n".join(
+            f"{turn['speaker']}: {turn['text']}" if turn.get("speaker") else str(turn["text"]) for turn in value
+        )
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
-def case_values(case: Mapping[str, Any], *, config: Mapping[str, Any], overlap: int, replication: int) -> dict[str, Any]:
+def case_values(
+    case: Mapping[str, Any], *, config: Mapping[str, Any], overlap: int, replication: int
+) -> dict[str, Any]:
     """Return what templates see of a case."""
     target = case.get("target")
     return {

@@ -143,7 +143,7 @@ class Queue:
         if self._working is not None:
             self._working.cancel()
 
-    async def _run_slice(self, context: JobContext, **args: Any) -> None:
+    async def _run_slice(self, context: JobContext, /, **args: Any) -> None:
         job_id = context.job.id
         assert job_id is not None
         self.open_jobs.add(job_id)

@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any, LiteralString, cast
+from typing import Any
 
 import psycopg
 from psycopg import Connection
@@ -57,14 +57,14 @@ class Script:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def sql_root() -> Path:
-    """Return the folder of SQL files: inside the installed package, else the checkout's."""
-    installed = Path(str(resources.files("pgharness"))) / "_sql"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "sql"
+def packaged(folder: str) -> Path:
+    """Return a top-level folder of the project: inside the installed package, else in the checkout."""
+    installed = Path(str(resources.files("pgharness"))) / f"_{folder}"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / folder
 
 
 def _scripts(folder: str) -> list[Script]:
-    return [Script(path.name, path.read_text()) for path in sorted((sql_root() / folder).glob("*.sql"))]
+    return [Script(path.name, path.read_text()) for path in sorted((packaged("sql") / folder).glob("*.sql"))]
 
 
 def migrations() -> list[Script]:
@@ -83,7 +83,7 @@ def migrations() -> list[Script]:
 
 def repeatables() -> list[Script]:
     """Return what every migrate applies whole: functions, views, grants."""
-    grants = sql_root() / "grants.sql"
+    grants = packaged("sql") / "grants.sql"
     return [*_scripts("functions"), *_scripts("views"), Script(grants.name, grants.read_text())]
 
 
@@ -94,7 +94,9 @@ def _applied(connection: Connection[Any]) -> dict[str, str]:
 def _pending(applied: dict[str, str]) -> list[Script]:
     known = migrations()
     for script in known:
-        if applied.get(script.name, script.checksum) != script.checksum and not script.name.startswith("procrastinate/"):
+        if applied.get(script.name, script.checksum) != script.checksum and not script.name.startswith(
+            "procrastinate/"
+        ):
             raise SchemaOutOfDate(
                 f"migration {script.name} was applied with another text than this version has",
                 hint="Migrations are never edited: install the version of pgharness that made this database, or a later one.",
@@ -108,7 +110,7 @@ def _pending(applied: dict[str, str]) -> list[Script]:
 
 
 def _run(connection: Connection[Any], text: str) -> None:
-    connection.execute(cast(LiteralString, text).encode())
+    connection.execute(text.encode())
 
 
 def upgrade(connection: Connection[Any]) -> list[str]:
@@ -119,13 +121,17 @@ def upgrade(connection: Connection[Any]) -> list[str]:
     """
     with translated_errors(), connection.transaction():
         connection.execute(_LOCK)
-        _run(connection, "set local lock_timeout = '5s'; set local check_function_bodies = off; set local client_min_messages = warning;")
+        _run(
+            connection,
+            "set local lock_timeout = '5s'; set local check_function_bodies = off; set local client_min_messages = warning;",
+        )
         _run(connection, _BOOTSTRAP)
         pending = _pending(_applied(connection))
         for script in pending:
             _run(connection, script.text)
             connection.execute(
-                "insert into pgharness.schema_migrations (name, checksum) values (%s, %s)", (script.name, script.checksum)
+                "insert into pgharness.schema_migrations (name, checksum) values (%s, %s)",
+                (script.name, script.checksum),
             )
         for script in repeatables():
             _run(connection, script.text)

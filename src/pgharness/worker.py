@@ -15,6 +15,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import platform
+import resource
 import signal
 import socket
 import subprocess
@@ -53,7 +54,10 @@ class WorkerOptions:
 
 def environment() -> dict[str, object]:
     """Return how this process would make a run: versions, and the git state of its working directory."""
-    packages = {name: importlib.metadata.version(name) for name in ("pgharness", "procrastinate", "psycopg", "httpx", "pydantic")}
+    packages = {
+        name: importlib.metadata.version(name)
+        for name in ("pgharness", "procrastinate", "psycopg", "httpx", "pydantic")
+    }
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -159,7 +163,9 @@ class _Process:
             try:
                 await self.beat("draining" if self._queue.is_stopping else "running")
                 if time.monotonic() >= sweep_at:
-                    put_back = (await self._pool.call("sweep", stale_after=f"{self._stale_seconds} seconds"))[0]["sweep"]
+                    put_back = (await self._pool.call("sweep", stale_after=f"{self._stale_seconds} seconds"))[0][
+                        "sweep"
+                    ]
                     if put_back:
                         logger.warning("%s slices of lost workers were queued again", put_back)
                     sweep_at = time.monotonic() + min(self._stale_seconds / 6, 5.0)
@@ -171,6 +177,13 @@ class _Process:
 
 
 def _process_main(options: WorkerOptions, parent_pid: int) -> None:
+    # every call in flight is a file descriptor, and many systems allow 1,024
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = options.concurrency + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
     if options.log_level > logging.DEBUG:
         for noisy in ("procrastinate", "httpx", "psycopg.pool"):

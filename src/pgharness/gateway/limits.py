@@ -139,7 +139,11 @@ class _Gate:
 
     async def _lease(self) -> dict[str, Any]:
         answer = await self._database.call(
-            "lease_model", worker_id=self._worker_id, model_id=self._model_id, in_use=self._in_use, wanted=len(self._waiting)
+            "lease_model",
+            worker_id=self._worker_id,
+            model_id=self._model_id,
+            in_use=self._in_use,
+            wanted=len(self._waiting),
         )
         return answer[0]
 

@@ -1,0 +1,297 @@
+"""Commands around the database: init, migrate, db, doctor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from psycopg import Connection
+from rich.table import Table
+
+from pgharness import __version__, database, schema
+from pgharness.cli.session import Session, print_json, session_of, stdout
+from pgharness.embedded import find_bindir
+from pgharness.errors import DatabaseError, EmbeddedError, HarnessError, SchemaOutOfDate
+from pgharness.gateway.providers import wire_format
+from pgharness.types import ModelSpec
+
+_PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+_SKEW_SECONDS = 2.0
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(init)
+    app.command()(migrate)
+    app.command()(doctor)
+    group = typer.Typer(no_args_is_help=True, help="The embedded server, and Postgres's own programs on any server.")
+    group.command("start")(db_start)
+    group.command("stop")(db_stop)
+    group.command("status")(db_status)
+    group.command("url")(db_url)
+    group.command("psql", context_settings=_PASS_THROUGH)(db_psql)
+    group.command("dump", context_settings=_PASS_THROUGH)(db_dump)
+    group.command("restore", context_settings=_PASS_THROUGH)(db_restore)
+    app.add_typer(group, name="db")
+
+
+def init(context: typer.Context) -> None:
+    """Create or upgrade the schema, and say what to type next.
+
+    Example: pgharness init
+    """
+    session = session_of(context)
+    with session.connection(checked=False) as connection:
+        applied = schema.upgrade(connection)
+        version = connection.info.server_version // 10000
+    where = "the embedded server" if session.is_embedded else "your server"
+    stdout.print(
+        f"pgharness {__version__} is {'installed' if applied else 'up to date'} on {where} (Postgres {version})."
+    )
+    stdout.print("Next:  pgharness demo                  see a whole experiment run")
+    stdout.print("       pgharness db psql               define one in SQL (\\dv pgharness.* lists the views)")
+    stdout.print("       pgharness worker --workers 2    let work be done")
+
+
+def migrate(
+    context: typer.Context,
+    bundle: Annotated[
+        bool, typer.Option("--bundle", help="Print the migration as plain SQL and change nothing.")
+    ] = False,
+) -> None:
+    """Bring the database's schema to this version: all of it, or nothing.
+
+    Example: pgharness migrate --database-url postgresql://owner@host/research
+    """
+    if bundle:
+        typer.echo(schema.bundle(), nl=False)
+        return
+    with session_of(context).connection(checked=False) as connection:
+        applied = schema.upgrade(connection)
+    for name in applied:
+        stdout.print(f"applied {name}")
+    stdout.print("the schema is up to date")
+
+
+# -- db
+
+
+def _embedded_only(session: Session) -> None:
+    if not session.is_embedded:
+        raise EmbeddedError(
+            "this command is for the embedded server, and a database URL is given",
+            hint="Unset PGHARNESS_DATABASE_URL and leave --database-url out, or manage that server with its own tools.",
+        )
+
+
+def db_start(context: typer.Context) -> None:
+    """Start the embedded server and keep it running until `pgharness db stop`.
+
+    Example: pgharness db start
+    """
+    session = session_of(context)
+    _embedded_only(session)
+    typer.echo(session.embedded.ensure(pin=True))
+
+
+def db_stop(context: typer.Context) -> None:
+    """Stop the embedded server, whoever uses it.
+
+    Example: pgharness db stop
+    """
+    session = session_of(context)
+    _embedded_only(session)
+    was_running = session.embedded.status().running
+    session.embedded.stop()
+    stdout.print("stopped" if was_running else "the embedded server was not running")
+
+
+def db_status(
+    context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
+    """Say whether the embedded server runs, and where its data are; exit status 1 when it does not run.
+
+    Example: pgharness db status --json
+    """
+    session = session_of(context)
+    _embedded_only(session)
+    status = session.embedded.status()
+    facts = {name: str(value) if value is not None else None for name, value in asdict(status).items()}
+    facts |= {"running": status.running, "is_pinned": status.is_pinned}  # type: ignore[dict-item]
+    if as_json:
+        print_json(facts)
+    else:
+        for name, value in facts.items():
+            stdout.print(f"{name.replace('_', ' '):12} {value if value is not None else '-'}", markup=False)
+    if not status.running:
+        raise typer.Exit(1)
+
+
+def db_url(context: typer.Context) -> None:
+    """Print the connection string (the embedded server is started, and stopped again if nobody keeps it).
+
+    Example: psql "$(pgharness db start)"
+    """
+    typer.echo(session_of(context).url)
+
+
+def _tool(context: typer.Context, name: str, *arguments: str) -> None:
+    session = session_of(context)
+    url = session.url
+    if session.is_embedded:
+        argv, environment = session.embedded.tool(name)
+    else:
+        path = shutil.which(name) or str(find_bindir()[0] / name)
+        argv, environment = [path], dict(os.environ)
+    status = subprocess.call([*argv, "-d", url, *arguments, *context.args], env=environment)
+    if status:
+        raise typer.Exit(status)
+
+
+def db_psql(context: typer.Context) -> None:
+    """Open psql on the database, or pass arguments to it.
+
+    Example: pgharness db psql -- -f experiment.sql
+    """
+    session = session_of(context)
+    if session.is_embedded:
+        with session.connection():
+            pass  # so that a first look finds the schema
+    _tool(context, "psql")
+
+
+def db_dump(context: typer.Context) -> None:
+    """Run pg_dump on the database.
+
+    Example: pgharness db dump -- -Fc -f backup.dump
+    """
+    _tool(context, "pg_dump")
+
+
+def db_restore(context: typer.Context) -> None:
+    """Run pg_restore into the database.
+
+    Example: pgharness db restore -- --clean --if-exists backup.dump
+    """
+    _tool(context, "pg_restore")
+
+
+# -- doctor
+
+
+class Check(NamedTuple):
+    """One finding: its subject, ok / warning / error, what was seen, and what to do."""
+
+    subject: str
+    verdict: str
+    finding: str
+    remedy: str = ""
+
+
+def doctor(
+    context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
+    """Check server, schema, roles, clocks, model keys and workers, and say what to do; exit status 1 on an error.
+
+    Example: pgharness doctor
+    """
+    checks = _checks(session_of(context))
+    if as_json:
+        print_json([check._asdict() for check in checks])
+    else:
+        result = Table(header_style="bold")
+        for name in Check._fields:
+            result.add_column(name, overflow="fold")
+        colours = {"ok": "green", "warning": "yellow", "error": "red"}
+        for check in checks:
+            result.add_row(check.subject, f"[{colours[check.verdict]}]{check.verdict}[/]", check.finding, check.remedy)
+        stdout.print(result)
+    if any(check.verdict == "error" for check in checks):
+        raise typer.Exit(1)
+
+
+def _checks(session: Session) -> list[Check]:
+    version = sys.version_info
+    checks = [Check("python", "ok", f"{version.major}.{version.minor}.{version.micro}, pgharness {__version__}")]
+    try:
+        with session.connection(checked=False) as connection:
+            checks.append(_server(session, connection))
+            try:
+                schema.verify(connection)
+            except SchemaOutOfDate as exc:
+                return [*checks, Check("schema", "error", str(exc), exc.hint or "")]
+            checks.append(Check("schema", "ok", "up to date"))
+            checks.extend(
+                [_role(connection), _clock(connection), *_keys(connection), _workers(connection), *_stalled(connection)]
+            )
+    except HarnessError as exc:
+        checks.append(Check("server", "error", str(exc), exc.hint or ""))
+    return checks
+
+
+def _server(session: Session, connection: Connection[Any]) -> Check:
+    number = connection.info.server_version
+    kind = "embedded" if session.is_embedded else "given by URL"
+    found = f"Postgres {number // 10000}.{number % 10000}, {kind}"
+    if number < 150000:
+        return Check("server", "error", found, "Postgres 15 or newer is needed.")
+    return Check("server", "ok", found)
+
+
+def _role(connection: Connection[Any]) -> Check:
+    try:
+        database.call(connection, "load_run", run_id=0)
+        return Check("role", "ok", f"{connection.info.user} may run workers")
+    except DatabaseError:
+        return Check(
+            "role",
+            "warning",
+            f"{connection.info.user} may not run workers",
+            "grant pgharness_worker to it, if it shall",
+        )
+
+
+def _clock(connection: Connection[Any]) -> Check:
+    before = datetime.now(UTC)
+    server = database.call(connection, "clock")[0]["clock"]
+    skew = (server - before - (datetime.now(UTC) - before) / 2).total_seconds()
+    if abs(skew) > _SKEW_SECONDS:
+        return Check(
+            "clock", "warning", f"the server's clock is {skew:+.1f} s from this host's", "Synchronise both with NTP."
+        )
+    return Check("clock", "ok", f"within {abs(skew):.2f} s of the server's")
+
+
+def _keys(connection: Connection[Any]) -> list[Check]:
+    used = {row[name] for row in database.rows(connection, "model_combinations") for name in ("generator", "grader")}
+    checks = []
+    for row in database.rows(connection, "models", order="name"):
+        spec = ModelSpec.model_validate(row)
+        if spec.name not in used or spec.provider in ("simulator", "command", "python", "metric"):
+            continue
+        variable = spec.api_key_env or wire_format(spec).key_env
+        if variable is not None and os.environ.get(variable):
+            checks.append(Check(f"key of {spec.name}", "ok", f"{variable} is set here"))
+        elif variable is not None:
+            remedy = f"export {variable}=... where workers run"
+            checks.append(Check(f"key of {spec.name}", "warning", f"{variable} is not set here", remedy))
+    return checks
+
+
+def _workers(connection: Connection[Any]) -> Check:
+    alive = database.rows(connection, "worker_health", status="running")
+    if alive:
+        return Check("workers", "ok", f"{len(alive)} running on {len({row['host'] for row in alive})} host(s)")
+    return Check("workers", "warning", "none is running", "pgharness worker --workers 2")
+
+
+def _stalled(connection: Connection[Any]) -> list[Check]:
+    return [
+        Check(f"run {row['run']}", "warning", row["problem"], row["remedy"])
+        for row in database.rows(connection, "stalled_work")
+    ]
