@@ -71,7 +71,8 @@ begin
     if kind = 'note' then
         return query
         select o from unnest(_missing.ordinals) as o
-         where not exists (select from notes as n where n.run_id = _missing.run_id and n.ordinal = o)
+         where o between 0 and (select r.note_count - 1 from runs as r where r.id = _missing.run_id)
+           and not exists (select from notes as n where n.run_id = _missing.run_id and n.ordinal = o)
            and not exists (select from failures as f where f.run_id = _missing.run_id and f.kind = 'note' and f.ordinal = o and f.status = 'failed')
          order by o;
     else
@@ -82,7 +83,7 @@ begin
           join notes as n on n.run_id = _missing.run_id and n.ordinal = o / v_stride
           join run_combinations as c on c.run_id = _missing.run_id and c.number = n.combination_number
          cross join lateral _grade_place(c, (o % v_stride)::integer) as place
-         where o % v_stride < c.grades_per_note
+         where o >= 0 and o % v_stride < c.grades_per_note
            and not exists (
                select from grades as g
                 where g.run_id = _missing.run_id and g.note_ordinal = o / v_stride
@@ -167,7 +168,6 @@ create or replace function pgharness.load_slice(worker_id bigint, slice jsonb)
 as $$
 declare
     v_run_id  bigint := (slice ->> 'run_id')::bigint;
-    v_is_list boolean := slice ? 'ordinals';
     v_plan    run_definitions;
     v_missing bigint[];
 begin
@@ -177,7 +177,7 @@ begin
     insert into run_workers (run_id, worker_id) values (v_run_id, load_slice.worker_id) on conflict do nothing;
     select * into strict v_plan from run_definitions as d where d.run_id = v_run_id;
     v_missing := array(select _missing(v_run_id, slice ->> 'kind', _ordinals(slice)));
-    -- an item of a range that waits for its next attempt has a job of its own
+    -- an item that waits for its next attempt has a job of its own
     if slice ->> 'kind' = 'note' then
         return query
         select o, rc.case_id, place.combination_number, place.overlap, place.replication,
@@ -186,7 +186,7 @@ begin
          cross join lateral _note_place(v_plan, o) as place
           join run_cases as rc on rc.run_id = v_run_id and rc.number = place.case_number
           left join failures as f on f.run_id = v_run_id and f.kind = 'note' and f.ordinal = o
-         where (v_is_list or f.next_attempt_at is null or f.next_attempt_at <= clock());
+         where f.next_attempt_at is null or f.next_attempt_at <= clock();
     else
         return query
         select o, rc.case_id, n.combination_number, n.overlap, place.replication,
@@ -198,7 +198,7 @@ begin
           join run_cases as rc on rc.run_id = v_run_id and rc.number = n.case_number
           left join run_rubrics as rr on rr.run_id = v_run_id and rr.case_number = n.case_number and rr.number = place.rubric_number
           left join failures as f on f.run_id = v_run_id and f.kind = 'grade' and f.ordinal = o
-         where (v_is_list or f.next_attempt_at is null or f.next_attempt_at <= clock());
+         where f.next_attempt_at is null or f.next_attempt_at <= clock();
     end if;
 end;
 $$;
@@ -305,7 +305,7 @@ as $$
           left join run_rubrics as rr on rr.run_id = o.run_id and rr.case_number = n.case_number and rr.number = place.rubric_number
           left join rubrics as rb on rb.id = rr.rubric_id
           left join lateral _score(coalesce(rb.criteria, _target_criteria()), o.verdicts) as v on o.score is null
-         where o.kind = 'grade' and o.result = 'succeeded' and o.ordinal % (definition).grade_stride < c.grades_per_note
+         where o.kind = 'grade' and o.result = 'succeeded' and o.ordinal >= 0 and o.ordinal % (definition).grade_stride < c.grades_per_note
            and not exists (select from failures as f where f.run_id = o.run_id and f.kind = 'grade' and f.ordinal = o.ordinal and f.status = 'failed')
         on conflict on constraint grades_pkey do nothing
         returning ordinal
@@ -329,11 +329,12 @@ as $$
       join jsonb_array_elements(verdicts) with ordinality as v (value, number) on v.number = c.number
      cross join lateral (
            select (c.value ->> 'weight')::numeric as weight,
-                  round((c.value ->> 'weight')::numeric * (v.value ->> 'satisfaction')::numeric / 100, 2) as score) as part
-    having count(*) = jsonb_array_length(rubric) and count(*) = jsonb_array_length(verdicts);
+                  least(round((c.value ->> 'weight')::numeric * (v.value ->> 'satisfaction')::numeric / 100, 2), (c.value ->> 'weight')::numeric) as score) as part
+    having count(*) = jsonb_array_length(rubric) and count(*) = jsonb_array_length(verdicts)
+       and bool_and((v.value ->> 'satisfaction')::numeric between 0 and 100);
 $$;
 comment on function pgharness._score(jsonb, jsonb) is
-'Score verdicts by a rubric''s criteria, in order: each gives weight * satisfaction / 100 rounded to cents, the sum is the score. No row when their numbers differ.';
+'Score verdicts by a rubric''s criteria, in order: each gives weight * satisfaction / 100 rounded to cents (at most its weight), the sum is the score. No row when their numbers differ, or for a satisfaction outside 0..100.';
 
 create or replace function pgharness._record_failures(definition pgharness.run_definitions, outcomes pgharness.outcome[]) returns pgharness.failures[]
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -381,10 +382,10 @@ create or replace function pgharness._retry_delay(retry_after double precision, 
     language sql volatile security invoker set search_path = pgharness, pg_temp
 as $$
     -- jitter spreads the next tries of items that failed together
-    select case when retry_after is not null then retry_after * (1 + 0.1 * random()) else least(backoff, 300) * (0.5 + random()) end;
+    select case when retry_after is not null then least(retry_after, 86400) * (1 + 0.1 * random()) else least(backoff, 300) * (0.5 + random()) end;
 $$;
 comment on function pgharness._retry_delay(double precision, double precision) is
-'Seconds until the next try: what the server asked for, else the backoff (at most 5 minutes), with jitter.';
+'Seconds until the next try: what the server asked for (at most a day), else the backoff (at most 5 minutes), with jitter.';
 
 create or replace function pgharness._record_calls(worker_id bigint, run_id bigint, outcomes pgharness.outcome[]) returns void
     language sql volatile security definer set search_path = pgharness, pg_temp
@@ -454,15 +455,22 @@ comment on function pgharness._advance_run(bigint, pgharness.run_definitions, bi
 'Move a run''s counters, queue the grades of its new notes and its next tries, and end it when all is done. The caller holds the run''s row lock.';
 
 create or replace function pgharness.charge_crash(run_id bigint, kind text, ordinal bigint) returns integer
-    language sql volatile security definer set search_path = pgharness, pg_temp
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
+declare
+    v_crashes integer;
+begin
+    perform _lock_run(charge_crash.run_id);             -- or its outcome could be recorded meanwhile, and the charge would stay
     insert into failures as f (run_id, kind, ordinal, status, crashes, cause, error)
-    values (charge_crash.run_id, charge_crash.kind, charge_crash.ordinal, 'waiting', 1, 'crashed', 'the worker died while it ran this item')
+    select charge_crash.run_id, charge_crash.kind, m, 'waiting', 1, 'crashed', 'the worker died while it ran this item'
+      from _missing(charge_crash.run_id, charge_crash.kind, array[charge_crash.ordinal]) as m
     on conflict on constraint failures_pkey do update set crashes = f.crashes + 1, cause = 'crashed', error = excluded.error, updated_at = clock()
-    returning f.crashes;
+    returning f.crashes into v_crashes;
+    return coalesce(v_crashes, 0);
+end;
 $$;
 comment on function pgharness.charge_crash(bigint, text, bigint) is
-'For workers: before running a suspect item alone, count the crash that follows if the worker dies; any outcome clears it. Returns the count. Example: select pgharness.charge_crash(7, ''note'', 12);';
+'For workers: before running a suspect item alone, count the crash that follows if the worker dies; any outcome clears it. Returns the count, 0 for an item that is done or failed. Raises PH001. Example: select pgharness.charge_crash(7, ''note'', 12);';
 
 -- Workers
 
@@ -499,11 +507,16 @@ begin
         raise exception 'worker % is not registered', heartbeat.worker_id using errcode = 'PH005', hint = 'Restart the worker.';
     end if;
     if _queue_exists() then
+        -- without its row in the queue it could take no job: the queue was rebuilt, or a sweep took a paused worker for lost
+        insert into procrastinate.procrastinate_workers (id) overriding system value
+        select v_worker.queue_worker_id where v_worker.queue_worker_id is not null and v_worker.status <> 'stopped'
+        on conflict do nothing;
         -- a job that the queue thinks this worker runs, and it does not: its end could not be written
         for v_job in
             select j.id from procrastinate.procrastinate_jobs as j
              where j.worker_id = v_worker.queue_worker_id and j.status = 'doing' and j.id <> all (heartbeat.jobs)
                and not exists (select from procrastinate.procrastinate_events as e where e.job_id = j.id and e.at > clock() - interval '30 seconds')
+             order by (j.args ->> 'run_id')::bigint
         loop
             perform _put_back(v_job, false);
         end loop;
@@ -528,18 +541,22 @@ begin
     if not found then
         return;
     end if;
-    select * into v_run from runs as r where r.id = (v_job.args ->> 'run_id')::bigint and r.status = 'running' and r.epoch = (v_job.args ->> 'epoch')::integer;
+    -- locked, so that the run cannot end meanwhile and leave the new jobs behind
+    select * into v_run from runs as r
+     where r.id = (v_job.args ->> 'run_id')::bigint and r.status = 'running' and r.epoch = (v_job.args ->> 'epoch')::integer for share;
     if not found then
         return;                                         -- nobody waits for it any more
     end if;
     v_crashes := coalesce((v_job.args ->> 'crashes')::integer, 0) + has_crashed::integer;
-    v_items := array(select _missing(v_run.id, v_job.args ->> 'kind', _ordinals(v_job.args)));
+    v_items := array(
+        select m from _missing(v_run.id, v_job.args ->> 'kind', _ordinals(v_job.args)) as m
+         where not exists (select from failures as f where f.run_id = v_run.id and f.kind = v_job.args ->> 'kind' and f.ordinal = m and f.next_attempt_at > clock()));
     -- in parts: if one item kills workers, a few rounds leave it alone in its slice
     perform _defer_list(v_run.id, v_job.args ->> 'kind', v_items, greatest(1, ceil(cardinality(v_items) / 8.0)::integer), null, v_crashes);
 end;
 $$;
 comment on function pgharness._put_back(bigint, boolean) is
-'Queue again what a job has left undone, in up to 8 parts, counting a crash if its worker died.';
+'Queue again what a job has left undone, in up to 8 parts, counting a crash if its worker died. The caller takes jobs in the order of their runs, which are locked.';
 
 create or replace function pgharness.lose_worker(host text, pid integer) returns void
     language sql volatile security definer set search_path = pgharness, pg_temp
@@ -566,14 +583,16 @@ begin
         select j.id from procrastinate.procrastinate_jobs as j
          where j.status = 'doing' and j.task_name = 'pgharness.slice'
            and not exists (select from workers as w where w.queue_worker_id = j.worker_id and w.status in ('running', 'draining'))
-           for update skip locked
+         order by (j.args ->> 'run_id')::bigint for update skip locked
     loop
         perform _put_back(v_job, true);
         v_count := v_count + 1;
     end loop;
+    -- never that of a worker alive, which could take no job without it: its heartbeats are in our own table
     delete from procrastinate.procrastinate_workers as q
-     where q.last_heartbeat < now() - interval '1 day'
-        or exists (select from workers as w where w.queue_worker_id = q.id and w.status in ('lost', 'stopped'));
+     where (q.last_heartbeat < now() - interval '1 day'
+            or exists (select from workers as w where w.queue_worker_id = q.id and w.status in ('lost', 'stopped')))
+       and not exists (select from workers as w where w.queue_worker_id = q.id and w.status in ('running', 'draining'));
     -- a running run without a single job has lost its work somewhere: put it back
     for v_run in
         select r.id from runs as r

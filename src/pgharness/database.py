@@ -104,7 +104,7 @@ def connect(url: str, *, autocommit: bool = True) -> Connection[Any]:
     except psycopg.Error as exc:
         raise DatabaseError(
             f"cannot connect to the database: {str(exc).strip()}",
-            hint="Check --database-url or PGHARNESS_DATABASE_URL, and that the server runs; `pgharness doctor` tells more.",
+            hint="Check that the server runs, and --database-url or PGHARNESS_DATABASE_URL; see `pgharness doctor`.",
         ) from exc
 
 

@@ -41,7 +41,7 @@ class Score:
 
 
 def criteria_values(rubric: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return a rubric's criteria as templates see them, numbered from 1; without a rubric, agreement with the target."""
+    """Return a rubric's criteria as templates see them, numbered from 1; without one, agreement with the target."""
     criteria = rubric["criteria"] if rubric else [{"criterion": TARGET_CRITERION, "weight": 100}]
     return [{**criterion, "number": number} for number, criterion in enumerate(criteria, start=1)]
 

@@ -31,13 +31,15 @@ create table if not exists pgharness.schema_migrations (
 );
 comment on table pgharness.schema_migrations is 'One row per applied migration, with the SHA-256 of its text.';
 """
-# the queue names its tables unqualified: pin the path of its functions, triggers' too, so that any session may fire them
+# the queue names its tables unqualified: pin the path of its functions, so that any session may fire its triggers
 _PIN_QUEUE = """
 do $pin$
 declare
     v_function regprocedure;
 begin
-    for v_function in select p.oid::regprocedure from pg_proc as p where p.pronamespace = 'procrastinate'::regnamespace loop
+    for v_function in
+        select p.oid::regprocedure from pg_proc as p where p.pronamespace = 'procrastinate'::regnamespace
+    loop
         execute format('alter function %s set search_path = procrastinate, pg_temp', v_function);
     end loop;
 end;
@@ -74,8 +76,8 @@ def migrations() -> list[Script]:
     contains them. Their names are recorded, so that a later release applies only its new ones.
     """
     queue = Path(str(resources.files("procrastinate"))) / "sql"
-    text = f"create schema if not exists procrastinate;\nset local search_path = procrastinate;\n{(queue / 'schema.sql').read_text()}"
-    text += _PIN_QUEUE + "set local search_path to default;\n"
+    text = "create schema if not exists procrastinate;\nset local search_path = procrastinate;\n"
+    text += (queue / "schema.sql").read_text() + _PIN_QUEUE + "set local search_path to default;\n"
     text += "comment on schema procrastinate is 'The job queue of pgharness: transport only, it can be rebuilt.';\n"
     version = ".".join(metadata.version("procrastinate").split(".")[:2])
     return [Script(f"procrastinate/{version}", text), *_scripts("migrations")]
@@ -99,7 +101,7 @@ def _pending(applied: dict[str, str]) -> list[Script]:
         ):
             raise SchemaOutOfDate(
                 f"migration {script.name} was applied with another text than this version has",
-                hint="Migrations are never edited: install the version of pgharness that made this database, or a later one.",
+                hint="Migrations are never edited: install the pgharness that made this database, or a later one.",
             )
     if unknown := sorted(set(applied) - {script.name for script in known}):
         raise SchemaOutOfDate(
@@ -123,7 +125,8 @@ def upgrade(connection: Connection[Any]) -> list[str]:
         connection.execute(_LOCK)
         _run(
             connection,
-            "set local lock_timeout = '5s'; set local check_function_bodies = off; set local client_min_messages = warning;",
+            "set local lock_timeout = '5s'; set local check_function_bodies = off;"
+            "set local client_min_messages = warning;",
         )
         _run(connection, _BOOTSTRAP)
         pending = _pending(_applied(connection))
@@ -167,10 +170,12 @@ def bundle() -> str:
     ]
     for script in migrations():
         tag = f"$migration_{script.checksum[:8]}$"
+        row = f"'{script.name}', '{script.checksum}'"
         parts.append(
-            f"do $bundle$\nbegin\n    if not exists (select from pgharness.schema_migrations where name = '{script.name}') then\n"
+            "do $bundle$\nbegin\n"
+            f"    if not exists (select from pgharness.schema_migrations where name = '{script.name}') then\n"
             f"        execute {tag}\n{script.text}\n{tag};\n"
-            f"        insert into pgharness.schema_migrations (name, checksum) values ('{script.name}', '{script.checksum}');\n"
+            f"        insert into pgharness.schema_migrations (name, checksum) values ({row});\n"
             "    end if;\nend;\n$bundle$;"
         )
     parts += [f"-- {script.name}\n{script.text}" for script in repeatables()]
