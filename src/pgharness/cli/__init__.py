@@ -9,12 +9,12 @@ from __future__ import annotations
 import sys
 from typing import Annotated, NoReturn
 
-import psycopg
 import typer
 
 from pgharness import __version__
 from pgharness.cli import admin, demo, imports, runs
 from pgharness.cli.session import Session, stderr
+from pgharness.database import TRANSIENT
 from pgharness.errors import HarnessError, ImportRefused, SchemaOutOfDate
 
 app = typer.Typer(
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except HarnessError as exc:
         _print_error(exc)
         sys.exit(1)
-    except psycopg.OperationalError as exc:
+    except TRANSIENT as exc:
         stderr.print("[red]error:[/] the connection to the database was lost")
         stderr.print(str(exc).strip(), markup=False, highlight=False)
         sys.exit(1)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
-import psycopg
 import typer
 from psycopg import Connection
 from rich.console import Group
@@ -20,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from pgharness import database
 from pgharness.cli.session import plain, print_json, run_of, session_of, shown, stderr, stdout, table
-from pgharness.database import Row
+from pgharness.database import TRANSIENT, Row
 from pgharness.errors import HarnessError, InvalidArgument, NotFound
 from pgharness.queue import QUEUES
 from pgharness.worker import Supervisor, WorkerOptions
@@ -297,7 +296,7 @@ def _nothing_runs(url: str) -> Callable[[], bool]:
         try:
             with database.connect(url) as connection:
                 return not database.rows(connection, "runs", status="running", limit=1)
-        except (HarnessError, psycopg.Error):
+        except (HarnessError, *TRANSIENT):
             return False  # a database that is away says nothing about the runs
 
     return is_idle

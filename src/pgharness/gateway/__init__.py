@@ -29,6 +29,7 @@ class Gateway:
         self._cache_root = cache_root
         self._allows_code = allows_code
         self._transport = transport or Transport()
+        self._code: dict[str, Completer] = {}
 
     def completer(self, spec: ModelSpec) -> Completer:
         """Return what answers for a model. Raises RequestRejected for one that this worker does not run."""
@@ -42,9 +43,15 @@ class Gateway:
                         hint="Start workers with --allow-code if you trust everyone who may insert models, "
                         "then select pgharness.retry_failed(run_id => ...);",
                     )
-                return (
-                    Command(spec, cache_root=self._cache_root) if spec.provider == "command" else PythonCallable(spec)
-                )
+                # one for all runs: it bounds its threads, and keeps to the commit it first resolved
+                key = spec.model_dump_json()
+                if key not in self._code:
+                    self._code[key] = (
+                        Command(spec, cache_root=self._cache_root)
+                        if spec.provider == "command"
+                        else PythonCallable(spec)
+                    )
+                return self._code[key]
             case "metric":
                 raise RequestRejected(f"model '{spec.name}' is a metric, which writes no notes")
             case _:

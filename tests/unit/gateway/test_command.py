@@ -336,11 +336,10 @@ WORKER = """
 """
 
 
-def worker(tmp_path: Path, cache: Path, repository: Repository, commit: str, *, path: str) -> subprocess.Popen[str]:
-    script = tmp_path / "worker.py"
-    script.write_text(textwrap.dedent(WORKER))
+def worker(cache: Path, repository: Repository, commit: str, *, path: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(SRC), "PATH": path}
-    arguments = [sys.executable, str(script), str(cache), str(repository.path), commit, "2"]
+    source = textwrap.dedent(WORKER)
+    arguments = [sys.executable, "-c", source, str(cache), str(repository.path), commit, "2"]
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -356,7 +355,7 @@ def git_in_front(tmp_path: Path, script: str) -> str:
 async def test_racing_workers_make_one_checkout(tmp_path: Path, repository: Repository, cache: Path) -> None:
     commit = repository.commit("print(1)")
     path = git_in_front(tmp_path, f'case " $* " in *" clone "*) echo clone >> {tmp_path}/clones;; esac')
-    workers = [worker(tmp_path, cache, repository, commit, path=path) for _ in range(8)]
+    workers = [worker(cache, repository, commit, path=path) for _ in range(8)]
     answers = [await asyncio.to_thread(started.communicate, timeout=120) for started in workers]
     assert [out.strip() for out, _ in answers] == ["2"] * 8, [err for _, err in answers]
     assert (tmp_path / "clones").read_text().split() == ["clone"]
@@ -369,7 +368,7 @@ async def test_a_worker_killed_in_the_middle_of_a_checkout_leaves_nothing_that_m
     commit = repository.commit("print(1)")
     hanging = tmp_path / "hanging"
     path = git_in_front(tmp_path, f'case " $* " in *" checkout "*) echo $$ > {hanging}; exec sleep 600;; esac')
-    started = worker(tmp_path, cache, repository, commit, path=path)
+    started = worker(cache, repository, commit, path=path)
     try:
         await until(lambda: pids(hanging))
         started.kill()
@@ -593,7 +592,7 @@ async def test_a_cancelled_program_that_ignores_sigterm_is_killed(cache: Path, t
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert 1.9 < time.monotonic() - cancelled < 4
+    assert 0.7 < time.monotonic() - cancelled < 2  # SIGTERM had its chance, and a cancelled run ends in time
     await until(lambda: not any(is_alive(pid) for pid in pids(tmp_path / "family")), seconds=1)
 
 
