@@ -22,10 +22,11 @@ begin
     grant usage on schema pgharness to pgharness_reader, pgharness_author, pgharness_worker;
     grant select on all tables in schema pgharness to pgharness_reader, pgharness_author, pgharness_worker;
     grant usage on schema procrastinate to pgharness_reader, pgharness_author, pgharness_worker;
-    grant select on procrastinate.procrastinate_jobs to pgharness_reader, pgharness_author;
+    grant select on procrastinate.procrastinate_jobs, procrastinate.procrastinate_events to pgharness_reader, pgharness_author;
 
     -- reading: the functions that views and plain look-ups need
-    grant execute on function pgharness.clock() to pgharness_reader, pgharness_worker;
+    grant execute on function pgharness.clock(), pgharness._note_place(pgharness.run_definitions, bigint),
+        pgharness._grade_place(pgharness.run_combinations, integer), pgharness._target_criteria() to pgharness_reader, pgharness_worker;
 
     -- defining and starting: inputs are written by insert; runs by insert or through functions that hold the privilege
     grant insert, update, delete on pgharness.projects, pgharness.experiments, pgharness.datasets, pgharness.cases, pgharness.rubrics,

@@ -388,10 +388,11 @@ begin
     if new.instance_id is not distinct from old.instance_id then
         new.instance_id := _instance_id(new.instance);
     end if;
-    if new.generator_id is not distinct from old.generator_id then
+    -- an old name is not looked up again: a model that is renamed may be both, and is renamed here one at a time
+    if new.generator_id is not distinct from old.generator_id and (tg_op = 'INSERT' or new.generator is distinct from old.generator) then
         new.generator_id := _model_id(new.generator);
     end if;
-    if new.grader_id is not distinct from old.grader_id then
+    if new.grader_id is not distinct from old.grader_id and (tg_op = 'INSERT' or new.grader is distinct from old.grader) then
         new.grader_id := case when new.grader is not null then _model_id(new.grader) end;
     end if;
     select i.name into new.instance from instances as i where i.id = new.instance_id;

@@ -331,7 +331,7 @@ as $$
            select (c.value ->> 'weight')::numeric as weight,
                   least(round((c.value ->> 'weight')::numeric * (v.value ->> 'satisfaction')::numeric / 100, 2), (c.value ->> 'weight')::numeric) as score) as part
     having count(*) = jsonb_array_length(rubric) and count(*) = jsonb_array_length(verdicts)
-       and bool_and((v.value ->> 'satisfaction')::numeric between 0 and 100);
+       and bool_and(coalesce((v.value ->> 'satisfaction')::numeric between 0 and 100, false));
 $$;
 comment on function pgharness._score(jsonb, jsonb) is
 'Score verdicts by a rubric''s criteria, in order: each gives weight * satisfaction / 100 rounded to cents (at most its weight), the sum is the score. No row when their numbers differ, or for a satisfaction outside 0..100.';

@@ -285,3 +285,29 @@ comment on table pgharness.model_combinations is
 'One row per generator and grader to compare in an instance. grader may be a model, a metric, or null for notes without grades.';
 comment on column pgharness.model_combinations.name is 'What results are listed under; filled as "generator -> grader" when not given.';
 comment on column pgharness.model_combinations.grader_is_reasoning is 'Overrides the model''s own flag; null keeps it.';
+
+-- What the remaining columns mean.
+comment on column pgharness.experiments.note_system_prompt is 'Default system prompt of the generator; a template like note_prompt.';
+comment on column pgharness.experiments.grade_system_prompt is 'Default system prompt of a grading model; a template like grade_prompt.';
+comment on column pgharness.datasets.version is 'Which edition of the data it is.';
+comment on column pgharness.datasets.source is 'Where the data comes from.';
+comment on column pgharness.datasets.license is 'Terms under which the data may be used.';
+comment on column pgharness.cases.metadata is 'Anything worth keeping beside the input; prompts see it.';
+comment on column pgharness.models.base_url is 'Address of the server; null means the provider''s own.';
+comment on column pgharness.models.is_reasoning is 'Whether to ask it to reason before it answers, in the provider''s way.';
+comment on column pgharness.models.timeout_seconds is 'How long one call may take.';
+comment on column pgharness.models.output_usd_per_million is 'USD per million output tokens, reasoning included.';
+comment on column pgharness.models.cached_input_usd_per_million is 'USD per million input tokens served from the provider''s cache; null means the input price.';
+comment on column pgharness.rubrics.author is 'Who wrote it: any name or address, the same for one person; "llm" for a model.';
+comment on column pgharness.rubrics.parent_id is 'The rubric of the same case that it was derived from.';
+comment on column pgharness.rubrics.validated_at is 'When it was accepted or refused; filled by the database.';
+comment on column pgharness.rubrics.comments is 'What people noted about it; graders do not see it.';
+comment on column pgharness.rubrics.generator is 'Name of generator_id''s model.';
+comment on column pgharness.instances.note_system_prompt is 'Overrides the experiment''s; null keeps it.';
+comment on column pgharness.instances.grade_system_prompt is 'Overrides the experiment''s; null keeps it.';
+comment on column pgharness.instances.grade_prompt is 'Overrides the experiment''s; null keeps it.';
+comment on column pgharness.model_combinations.generator is 'The model that writes the notes.';
+comment on column pgharness.model_combinations.generator_parameters is 'Laid over the model''s own parameters, key by key.';
+comment on column pgharness.model_combinations.generator_is_reasoning is 'Overrides the model''s own flag; null keeps it.';
+comment on column pgharness.model_combinations.grader is 'The model or metric that scores them; null for none.';
+comment on column pgharness.model_combinations.grader_parameters is 'Laid over the model''s own parameters, key by key; a metric''s options.';

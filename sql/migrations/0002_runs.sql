@@ -171,6 +171,7 @@ create table pgharness.notes (
     constraint notes_pkey primary key (run_id, ordinal),
     constraint notes_run_id_fkey foreign key (run_id) references pgharness.runs (id) on delete cascade
 ) with (autovacuum_vacuum_insert_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.02);
+create index notes_created_at_idx on pgharness.notes (run_id, created_at);
 comment on table pgharness.notes is
 'One row per generated output, written when it is done. The ordinal says case, combination, overlap and replication, so its primary key is the promise that none exists twice. Read them through note_results.';
 comment on column pgharness.notes.attempts is 'Tries it took, rate limits included.';
@@ -193,6 +194,7 @@ create table pgharness.grades (
     constraint grades_score_check check (score >= 0 and score <= max_score),
     constraint grades_note_fkey foreign key (run_id, note_ordinal) references pgharness.notes (run_id, ordinal) on delete cascade
 ) with (autovacuum_vacuum_insert_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.02);
+create index grades_created_at_idx on pgharness.grades (run_id, created_at);
 comment on table pgharness.grades is
 'One row per scoring of a note: by a rubric (rubric_number from 1) or against the target (0), per replication. Read them through grade_results and criterion_results.';
 comment on column pgharness.grades.ordinal is 'Its number in the run''s plan: note_ordinal * grade_stride + its place among the note''s grades.';
@@ -217,6 +219,7 @@ create table pgharness.failures (
     constraint failures_status_check check (status in ('waiting', 'failed')),
     constraint failures_run_id_fkey foreign key (run_id) references pgharness.runs (id) on delete cascade
 ) with (fillfactor = 70);
+create index failures_waiting_idx on pgharness.failures (run_id, kind) where status = 'waiting';
 comment on table pgharness.failures is
 'One row per note or grade whose last try did not succeed; it goes away when a later one does (calls keep every try).';
 comment on column pgharness.failures.status is 'waiting (it will be tried again at next_attempt_at) or failed (retry_failed() tries it again).';
@@ -250,7 +253,7 @@ create table pgharness.calls (
 create index calls_run_id_idx on pgharness.calls (run_id, kind, ordinal);
 create index calls_model_id_idx on pgharness.calls (model_id, id);
 comment on table pgharness.calls is
-'One row per request to a model or metric that ended, whatever its outcome: tokens, cost, latency, finish reason. Written with the outcome it led to.';
+'One row per request to a model that ended, whatever its outcome: tokens, cost, latency, finish reason. Written with the outcome it led to.';
 comment on column pgharness.calls.attempt is 'Which try of its item it belongs to, rate limits included.';
 comment on column pgharness.calls.outcome is
 'succeeded, rate_limited, unavailable, server_error, timeout, invalid_output, refused, rejected, code_failed, error or cancelled.';
@@ -340,3 +343,86 @@ create type pgharness.outcome as (
 );
 comment on type pgharness.outcome is
 'One element of record_outcomes(): how one try of a note or grade ended (result: succeeded, failed or cancelled), with the calls it made.';
+
+-- What the remaining columns mean.
+comment on column pgharness.runs.rerun_of_id is 'The run whose frozen definition it repeats.';
+comment on column pgharness.runs.priority is 'Runs of higher priority are worked on first.';
+comment on column pgharness.runs.budget_usd is 'Cost at which it pauses; null means none.';
+comment on column pgharness.runs.note_count is 'Notes planned.';
+comment on column pgharness.runs.grade_count is 'Grades planned.';
+comment on column pgharness.runs.notes_succeeded is 'Notes there are.';
+comment on column pgharness.runs.notes_failed is 'Notes that failed for good.';
+comment on column pgharness.runs.grades_succeeded is 'Grades there are.';
+comment on column pgharness.runs.grades_failed is 'Grades that failed for good.';
+comment on column pgharness.runs.note_cost_usd is 'Cost of all calls for notes, failed ones included.';
+comment on column pgharness.runs.grade_cost_usd is 'Cost of all calls for grades, failed ones included.';
+comment on column pgharness.runs.activated_at is 'When it was last started or resumed; null unless it is running.';
+comment on column pgharness.runs.created_by is 'The database role that started it.';
+comment on column pgharness.run_definitions.definition is 'The instance''s columns, with the prompts in use under "prompts" and a digest of the cases.';
+comment on column pgharness.run_definitions.transcript_overlaps is 'The instance''s cycle_transcript_overlaps.';
+comment on column pgharness.run_cases.number is 'Its place in the run, from 0 in the order of case ids.';
+comment on column pgharness.run_cases.digest is 'The digest of the case''s content at the start.';
+comment on column pgharness.run_combinations.number is 'Its place in the run, from 0.';
+comment on column pgharness.run_combinations.combination_id is 'Null when the instance''s combination was deleted since.';
+comment on column pgharness.run_combinations.generator is 'The generator''s row of models, with the combination''s parameters.';
+comment on column pgharness.run_combinations.grader is 'The grader''s row of models, with the combination''s parameters; null for none.';
+comment on column pgharness.run_combinations.grades_per_note is 'Rubrics (or the target) x replications.';
+comment on column pgharness.run_rubrics.case_number is 'The case''s number in run_cases.';
+comment on column pgharness.run_rubrics.number is 'From 1, the author with the newest accepted rubric first.';
+comment on column pgharness.workers.pid is 'Its process id on its host.';
+comment on column pgharness.workers.version is 'The version of pgharness that it runs.';
+comment on column pgharness.workers.queues is 'The queues it serves: note, grade.';
+comment on column pgharness.workers.concurrency is 'Calls that it may have in flight.';
+comment on column pgharness.workers.in_flight is 'Calls in flight at its last heartbeat.';
+comment on column pgharness.workers.heartbeat_at is 'Its last sign of life; one a second.';
+comment on column pgharness.run_workers.started_at is 'When it took the first slice of the run.';
+comment on column pgharness.notes.ordinal is 'Its number in the run''s plan, from 0.';
+comment on column pgharness.notes.case_number is 'The case''s number in run_cases.';
+comment on column pgharness.notes.combination_number is 'The combination''s number in run_combinations.';
+comment on column pgharness.notes.overlap is 'The transcript overlap that the generator was given.';
+comment on column pgharness.notes.replication is 'Which note of its case, combination and overlap it is, from 1.';
+comment on column pgharness.grades.note_ordinal is 'The note it scores.';
+comment on column pgharness.grades.rubric_number is 'The rubric''s number in run_rubrics; 0 for a grade against the target.';
+comment on column pgharness.grades.replication is 'Which grade of its note and rubric it is, from 1.';
+comment on column pgharness.grades.attempts is 'Tries it took, rate limits included.';
+comment on column pgharness.grades.score is 'Sum of the criteria''s scores; or what the metric gave.';
+comment on column pgharness.grades.max_score is 'Sum of the criteria''s weights; or the most that the metric gives.';
+comment on column pgharness.failures.kind is 'note or grade.';
+comment on column pgharness.failures.ordinal is 'The item''s number in the run''s plan.';
+comment on column pgharness.failures.delays is 'Tries that spent no attempt: rate limits and outages.';
+comment on column pgharness.failures.cause is 'How the last try ended: the outcome of its call, crashed (a worker died of it) or not_recordable.';
+comment on column pgharness.failures.next_attempt_at is 'When a waiting item is tried again.';
+comment on column pgharness.calls.kind is 'What the model was asked for: note or grade.';
+comment on column pgharness.calls.ordinal is 'The number of that note or grade in the run''s plan.';
+comment on column pgharness.calls.http_status is 'Null when there was no answer, or no HTTP.';
+comment on column pgharness.calls.finish_reason is 'Why the model stopped, in the provider''s words.';
+comment on column pgharness.calls.request_id is 'What the provider calls the request, for its support.';
+comment on column pgharness.calls.cached_tokens is 'The part of input_tokens that the provider served from its cache.';
+comment on column pgharness.calls.cost_usd is 'By the prices that the run froze.';
+comment on column pgharness.calls.latency_ms is 'From sending the request to the end of the answer.';
+comment on column pgharness.logs.level is 'debug, info, warning or error.';
+comment on column pgharness.logs.data is 'More about it, as JSON.';
+comment on column pgharness.model_limits.blocked_until is 'Until when no worker calls the model, because its provider asked to wait.';
+comment on column pgharness.model_limits.requests_available is 'Requests that may start now.';
+comment on column pgharness.model_limits.tokens_available is 'Tokens that may be spent now; below 0 after calls that used more than was estimated.';
+comment on column pgharness.model_limits.refilled_at is 'Up to when the buckets have been filled.';
+comment on column pgharness.model_leases.in_use is 'Calls that the worker had in flight when it last asked.';
+comment on column pgharness.model_leases.granted is 'Calls that it may have in flight.';
+comment on column pgharness.model_leases.wanted is 'Calls that it would have started beyond those in flight.';
+comment on column pgharness.run_receipt.reason is 'Why it is paused, failed or cancelled.';
+comment on column pgharness.run_receipt.notes is 'Notes planned.';
+comment on column pgharness.run_receipt.grades is 'Grades planned.';
+comment on column pgharness.outcome.kind is 'note or grade.';
+comment on column pgharness.outcome.ordinal is 'The item''s number in the run''s plan.';
+comment on column pgharness.outcome.attempt is 'Which try of the item it was, from 1, rate limits included.';
+comment on column pgharness.outcome.result is 'succeeded, failed or cancelled.';
+comment on column pgharness.outcome.output is 'Of a note that succeeded: a JSON string for a text, or an object.';
+comment on column pgharness.outcome.verdicts is 'Of a grade by a model: one {"rationale", "satisfaction"} per criterion, in order.';
+comment on column pgharness.outcome.score is 'Of a grade by a metric.';
+comment on column pgharness.outcome.max_score is 'Of a grade by a metric: the most that it gives.';
+comment on column pgharness.outcome.cause is 'How a failed try ended: the outcome of its call, crashed or not_recordable.';
+comment on column pgharness.outcome.answer is 'What the model answered, or the end of a program''s output, when that was what failed.';
+comment on column pgharness.outcome.is_retryable is 'Whether another try may succeed; if not, the item fails at once.';
+comment on column pgharness.outcome.spends_attempt is 'False for rate limits and outages.';
+comment on column pgharness.outcome.retry_after is 'Seconds that the provider asked to wait.';
+comment on column pgharness.outcome.calls is 'The requests that the try made: objects with columns of calls.';

@@ -2,8 +2,8 @@
 
 create or replace view pgharness.model_performance with (security_invoker = true) as
 select s.run_id, s.run, s.model, s.kind, s.call_count, s.calls_succeeded, s.calls_rate_limited, s.calls_failed,
-       s.latency_ms[1] as latency_p50_ms, s.latency_ms[2] as latency_p90_ms,
-       s.latency_ms[3] as latency_p95_ms, s.latency_ms[4] as latency_p99_ms,
+       round(s.latency_ms[1]::numeric, 1) as latency_p50_ms, round(s.latency_ms[2]::numeric, 1) as latency_p90_ms,
+       round(s.latency_ms[3]::numeric, 1) as latency_p95_ms, round(s.latency_ms[4]::numeric, 1) as latency_p99_ms,
        s.input_tokens, s.output_tokens, s.cached_tokens, s.cost_usd, s.wasted_cost_usd
   from (select c.run_id, r.name as run, m.name as model, c.kind,
                count(*)                                               as call_count,

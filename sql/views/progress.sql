@@ -2,17 +2,17 @@
 
 create or replace view pgharness.run_progress with (security_invoker = true) as
 select r.id as run_id, r.name as run, r.instance, r.kind, r.status, r.reason,
-       trunc(100.0 * (done.notes + done.grades + r.grades_skipped) / (r.note_count + r.grade_count), 1) as percent_done,
+       trunc(100.0 * (done.notes + done.grades + r.grades_skipped) / nullif(r.note_count + r.grade_count, 0), 1) as percent_done,
        r.note_count, r.notes_succeeded, r.notes_failed, waiting.notes as notes_waiting,
        r.grade_count, r.grades_succeeded, r.grades_failed, r.grades_skipped, waiting.grades as grades_waiting,
        round(speed.items_per_second::numeric, 3) as items_per_second,
        round(remaining.seconds::numeric, 1) as seconds_left,
        now.at + make_interval(secs => remaining.seconds) as expected_finish_at,
-       r.note_cost_usd + r.grade_cost_usd as cost_usd,
+       round(r.note_cost_usd + r.grade_cost_usd, 6) as cost_usd,
        round(case when r.finished_at is not null then r.note_cost_usd + r.grade_cost_usd
                   when left_over.grades = 0 then r.note_cost_usd * r.note_count / nullif(done.notes, 0) + r.grade_cost_usd
                   else r.note_cost_usd * r.note_count / nullif(done.notes, 0)
-                       + r.grade_cost_usd * (done.grades + left_over.grades) / nullif(done.grades, 0) end, 8) as projected_cost_usd,
+                       + r.grade_cost_usd * (done.grades + left_over.grades) / nullif(done.grades, 0) end, 6) as projected_cost_usd,
        r.budget_usd, staff.worker_count, staff.in_flight,
        round(active.seconds::numeric, 1) as active_seconds, r.created_at as started_at, r.finished_at
   from pgharness.runs as r

@@ -79,7 +79,7 @@ select g.run_id, r.name as run, ca.name as case_name, c.name as combination, n.o
          from jsonb_array_elements(coalesce(ru.criteria, pgharness._target_criteria())) with ordinality as asked (value, number)
          join jsonb_array_elements(g.criteria) with ordinality as judged (value, number) on judged.number = asked.number
        union all
-       select 1, c.grader ->> 'model', g.max_score, round(100 * g.score / g.max_score, 4), g.score, null where g.criteria = '[]') as part;
+       select 1, case when c.grader ->> 'provider' = 'metric' then c.grader ->> 'model' end, g.max_score, round(100 * g.score / g.max_score, 4), g.score, null where g.criteria = '[]') as part;
 comment on view pgharness.criterion_results is
 'One row per grade and criterion of its rubric, in the rubric''s order; a grade by a metric has one row, named after the metric. Example: select criterion, avg(satisfaction) from pgharness.criterion_results where run_id = 1 group by criterion;';
 comment on column pgharness.criterion_results.overlap is 'The transcript overlap that the generator was given.';
@@ -260,7 +260,7 @@ select r.id as run_id, r.name as run, r.instance, r.kind, r.created_by as starte
   left join pgharness.runs as origin on origin.id = r.rerun_of_id
  cross join lateral (
        select coalesce(array_agg(distinct w.version), '{}') as versions,
-              coalesce(array_agg(distinct (w.environment ->> 'git_commit') || case when (w.environment -> 'git_is_dirty')::boolean then ' (dirty)' else '' end)
+              coalesce(array_agg(distinct (w.environment ->> 'git_commit') || case when w.environment ->> 'git_is_dirty' = 'true' then ' (dirty)' else '' end)
                        filter (where w.environment ->> 'git_commit' is not null), '{}') as git_commits,
               coalesce(jsonb_agg(distinct w.environment), '[]') as environments
          from pgharness.run_workers as rw join pgharness.workers as w on w.id = rw.worker_id

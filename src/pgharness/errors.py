@@ -183,10 +183,17 @@ BY_SQLSTATE: dict[str, type[DatabaseError]] = {
 }
 
 
+# what to do about refusals of Postgres itself, which have no hint
+_HINTS = {
+    "23505": "Choose another: it has to be unique.",
+    "42501": "Migrate as the owner of the database; to use it, be granted pgharness_author, _worker or _reader.",
+}
+
+
 def from_sqlstate(sqlstate: str | None, message: str, *, hint: str | None, detail: str | None) -> DatabaseError:
     """Return the error of a SQLSTATE; classes 22 and 23 are wrong values, anything unknown a DatabaseError."""
     code = sqlstate or ""
     kind = BY_SQLSTATE.get(code) or (InvalidArgument if code[:2] in ("22", "23") else DatabaseError)
-    error = kind(message, hint=hint, detail=detail)
+    error = kind(message, hint=hint or _HINTS.get(code), detail=detail)
     error.sqlstate = sqlstate
     return error

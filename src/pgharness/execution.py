@@ -14,15 +14,15 @@ import logging
 import random
 import time
 import traceback
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any
 
 from pgharness.database import TRANSIENT, Database, Row
-from pgharness.errors import CodeFailed, HarnessError, InvalidOutput, ModelError, RequestRejected
+from pgharness.errors import CodeFailed, InvalidOutput, ModelError, RequestRejected
 from pgharness.gateway import Gateway
 from pgharness.gateway.limits import Limits
 from pgharness.grading import criteria_values, read_verdicts, score_metric, verdict_schema
@@ -38,6 +38,8 @@ _BATCH_BYTES = 8_000_000
 _CACHED_INPUTS = 2_000
 _CACHED_RUNS = 50
 _OUTPUT_TOKENS_GUESS = 500
+_LAST_WRITES_SECONDS = 20.0
+_PROGRAM_LIMIT = "54"  # SQLSTATE class of what is too large or too deep for the server: never an outage
 
 
 class HandedBack(Exception):
@@ -75,7 +77,12 @@ class _Run:
     prompts: dict[str, Prompt] = field(default_factory=dict)
     status: str = "running"
     epoch: int = 0
-    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    slices: int = 0
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)  # items whose call has not ended
+
+    def wants(self, work: Slice) -> bool:
+        """Tell whether a slice is waited for: what a run that stopped has left comes back under a later epoch."""
+        return self.status == "running" and self.epoch == work.epoch
 
 
 class Engine:
@@ -91,12 +98,12 @@ class Engine:
         self._recorder = Recorder(database, worker_id, self.apply_states)
         self._runs: OrderedDict[int, _Run] = OrderedDict()
         self._inputs: OrderedDict[tuple[str, int], Any] = OrderedDict()
-        self._claimed: set[tuple[int, str, int]] = set()
+        self._claims: dict[tuple[int, str, int], asyncio.Future[bool]] = {}
+        self._waiting: set[asyncio.Task[Any]] = set()  # items whose call has not begun
         self._alone = asyncio.Lock()
         self._room = asyncio.Event()
         self._room.set()
         self._loading = 0
-        self.waiting = 0
         self.in_flight = 0
         self.is_draining = False
 
@@ -105,7 +112,7 @@ class Engine:
     @property
     def open_runs(self) -> list[int]:
         """Ids of the runs with items here."""
-        return [run.run_id for run in self._runs.values() if run.tasks]
+        return [run.run_id for run in self._runs.values() if run.slices]
 
     async def wait_for_room(self) -> None:
         """Wait until another slice would keep calls in flight: a worker takes no more work than it can start soon."""
@@ -115,24 +122,30 @@ class Engine:
         """Act on what the database says of runs: abort those that ended, start nothing of those that paused."""
         for state in states:
             run = self._runs.get(state["run_id"])
-            if run is None or (state["epoch"] < run.epoch and state["status"] != "deleted"):
-                continue  # read before the run was queued anew
-            run.status, run.epoch = state["status"], state["epoch"]
-            if run.status in ("cancelled", "failed", "deleted"):
-                for task in run.tasks:
-                    task.cancel()
+            # a lower epoch was read before the run was queued anew
+            if run is not None and (state["epoch"] >= run.epoch or state["status"] == "deleted"):
+                self._learn(run, state["status"], state["epoch"])
+
+    def _learn(self, run: _Run, status: str, epoch: int) -> None:
+        is_newer = epoch > run.epoch
+        run.status, run.epoch = status, max(epoch, run.epoch)
+        if status in ("cancelled", "failed", "deleted"):
+            _cancel(run.tasks)
+        elif status != "running" or is_newer:
+            _cancel(run.tasks & self._waiting)  # they may have long to wait, and others wait for them
 
     def drain(self) -> None:
         """Start no more items; those in flight end, and slices hand back the rest."""
         self.is_draining = True
-        self._room.set()
+        _cancel(self._waiting)
+        self._update_room()
 
     def abort(self) -> None:
         """Cancel the calls in flight; their items go back to the queue with their slices."""
         self.drain()
         for run in self._runs.values():
-            for task in run.tasks:
-                task.cancel()
+            _cancel(run.tasks)
+        self._recorder.hurry()  # what has ended is still written, unless the database stays away
 
     async def close(self) -> None:
         """Write what is left and stop."""
@@ -142,73 +155,57 @@ class Engine:
     # -- slices
 
     async def run_slice(self, work: Slice) -> None:
-        """Do what a slice has left to do. Raises HandedBack unless every item's outcome is durable."""
-        self._loading += 1
-        self._update_room()
-        try:
+        """Do what a slice has left to do. Raises HandedBack unless all that is still wanted of it is durable."""
+        with self._loads():
             run = await self._load_run(work.run_id)
-            items = await self._load_items(work) if run else []
-        finally:
-            self._loading -= 1
-            self._update_room()
-        if run is None or not items:
+        if run is None:
             return
-        run.epoch = max(run.epoch, work.epoch)
-        if work.crashes >= _SUSPECT_AFTER and len(items) == 1:
-            await self._run_suspect(run, work, items[0])
-        else:
+        run.slices += 1  # and is not forgotten from here on
+        try:
+            with self._loads():
+                items = await self._load_items(run, work)
             await self._run_items(run, work, items)
-        if any(not item.is_over for item in items):
-            raise HandedBack  # whether anybody still waits for them, load_slice decides at the next delivery
+        finally:
+            run.slices -= 1
+        if run.wants(work) and not all(item.is_over for item in items):
+            raise HandedBack
 
     async def _run_items(self, run: _Run, work: Slice, items: list[_Item]) -> None:
-        tasks = []
-        self.waiting += len(items)
+        if work.crashes >= _SUSPECT_AFTER and len(items) == 1:
+            items[0].is_suspect = True
+        tasks = [asyncio.create_task(self._run_item(run, work, item)) for item in items]
+        run.tasks.update(tasks)
+        self._waiting.update(tasks)
         self._update_room()
-        for item in items:
-            task = asyncio.create_task(self._run_item(run, work, item))
-            run.tasks.add(task)
+        for task in tasks:
+            # a task that is cancelled before its first step runs nothing of its own
             task.add_done_callback(run.tasks.discard)
-            tasks.append(task)
-        for task, outcome in zip(tasks, await asyncio.gather(*tasks, return_exceptions=True), strict=True):
-            if isinstance(outcome, Exception) and not task.cancelled():
+            task.add_done_callback(self._stop_waiting)
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(outcome, Exception):
                 raise outcome
-
-    async def _run_suspect(self, run: _Run, work: Slice, item: _Item) -> None:
-        async with self._alone:
-            if self.is_draining:
-                return
-            crashes = await self._persist("charge_crash", run_id=run.run_id, kind=work.kind, ordinal=item.ordinal)
-            if crashes[0]["charge_crash"] > _CRASH_LIMIT:
-                error = RequestRejected(f"the worker process died {_CRASH_LIMIT} times while it ran this item alone")
-                outcome = item.outcome(run.run_id, work.kind, result="failed") | _failure(error) | {"cause": "crashed"}
-                await self._recorder.record(outcome)
-                item.is_over = True
-            else:
-                await self._run_items(run, work, [item])
 
     async def _load_run(self, run_id: int) -> _Run | None:
         if run_id not in self._runs:
             definition = (await self._persist("load_run", run_id=run_id))[0]["load_run"]
             if definition is None:
                 return None
-            self._runs[run_id] = _Run(
-                run_id,
-                definition,
-                {
-                    row["number"]: _Combination(
-                        ModelSpec.model_validate(row["generator"]),
-                        ModelSpec.model_validate(row["grader"]) if row["grader"] else None,
-                        row["rubric_count"],
-                    )
-                    for row in definition["combinations"]
-                },
-            )
-            for old in [run for run in self._runs.values() if not run.tasks][: max(len(self._runs) - _CACHED_RUNS, 0)]:
+            combinations = {
+                row["number"]: _Combination(
+                    ModelSpec.model_validate(row["generator"]),
+                    ModelSpec.model_validate(row["grader"]) if row["grader"] else None,
+                    row["rubric_count"],
+                )
+                for row in definition["combinations"]
+            }
+            # another slice may have loaded it meanwhile; there must be one, or its state would not reach all tasks
+            self._runs.setdefault(run_id, _Run(run_id, definition, combinations))
+            idle = [run for run in self._runs.values() if not run.slices and run.run_id != run_id]
+            for old in idle[: max(len(self._runs) - _CACHED_RUNS, 0)]:
                 del self._runs[old.run_id]
-        return self._runs.get(run_id)
+        return self._runs[run_id]
 
-    async def _load_items(self, work: Slice) -> list[_Item]:
+    async def _load_items(self, run: _Run, work: Slice) -> list[_Item]:
         rows = await self._persist(
             "load_slice",
             worker_id=self._worker_id,
@@ -216,11 +213,12 @@ class Engine:
         )
         if not rows:
             return []
-        run = self._runs[work.run_id]
-        run.status = "running"  # or it would have given nothing
+        if work.epoch > run.epoch:
+            self._learn(run, "running", work.epoch)  # or it would have given nothing
         wanted = {("cases", row["case_id"]) for row in rows}
         wanted |= {("rubrics", row["rubric_id"]) for row in rows if row["rubric_id"] is not None}
-        missing = wanted - self._inputs.keys()
+        inputs = {key: self._inputs[key] for key in wanted if key in self._inputs}  # now: others may push them out
+        missing = wanted - inputs.keys()
         notes = sorted({row["note_ordinal"] for row in rows}) if work.kind == "grade" else []
         found: Row = {}
         if missing or notes:
@@ -235,22 +233,22 @@ class Engine:
             )[0]["load_inputs"]
         for table in ("cases", "rubrics"):
             for id, content in (found.get(table) or {}).items():
-                self._inputs[table, int(id)] = content
+                inputs[table, int(id)] = content
+        for key, content in inputs.items():
+            self._inputs[key] = content
+            self._inputs.move_to_end(key)
+        while len(self._inputs) > _CACHED_INPUTS:
+            self._inputs.popitem(last=False)
         outputs = {int(ordinal): output for ordinal, output in (found.get("notes") or {}).items()}
-        items = [
+        return [
             _Item(
                 row,
-                case=self._inputs["cases", row["case_id"]],
-                rubric=self._inputs["rubrics", row["rubric_id"]] if row["rubric_id"] is not None else None,
+                case=inputs["cases", row["case_id"]],
+                rubric=inputs["rubrics", row["rubric_id"]] if row["rubric_id"] is not None else None,
                 note=outputs.get(row["note_ordinal"]),
             )
             for row in rows
         ]
-        for key in wanted:
-            self._inputs.move_to_end(key)
-        while len(self._inputs) > _CACHED_INPUTS:
-            self._inputs.popitem(last=False)
-        return items
 
     async def _persist(self, function: str, /, **args: object) -> list[Row]:
         """Call the database until it answers, or the worker stops."""
@@ -269,47 +267,58 @@ class Engine:
 
     async def _run_item(self, run: _Run, work: Slice, item: _Item) -> None:
         key = (run.run_id, work.kind, item.ordinal)
-        is_waiting = True
+        while not item.is_over and key in self._claims:
+            # another slice of this process has it: over when that one's outcome is durable, else ours to run
+            item.is_over = await asyncio.shield(self._claims[key])
+        if item.is_over:
+            return
+        claim = self._claims[key] = asyncio.get_running_loop().create_future()
         try:
-            if key in self._claimed:
-                item.is_over = True  # another slice of this process has it in flight and will record it
-                return
-            self._claimed.add(key)
-            try:
-                combination = run.combinations[item.row["combination_number"]]
-                spec = combination.grader if work.kind == "grade" else combination.generator
-                assert spec is not None
-                if spec.provider == "metric":
-                    outcome = self._score(run, item, spec)
-                else:
-                    try:
-                        completer, request = (
-                            self._completer(run, work.kind, spec),
-                            self._request(run, work.kind, item, spec),
-                        )
-                    except ModelError as exc:
-                        outcome = item.outcome(run.run_id, work.kind, result="failed") | _failure(exc)
-                    else:
-                        tokens = _estimated_tokens(request, spec)
-                        async with self._limits.slot(spec, tokens=tokens), self._slots:
-                            if self.is_draining or run.status != "running" or run.epoch != work.epoch:
-                                return
-                            self.waiting -= 1
-                            is_waiting = False
-                            self.in_flight += 1
-                            self._update_room()
-                            try:
-                                outcome = await self._ask(run, work.kind, item, spec, completer, request, tokens)
-                            finally:
-                                self.in_flight -= 1
+            outcome = await self._outcome(run, work, item)
+            if outcome is not None:
+                task = _this_task()
+                run.tasks.discard(task)
+                self._stop_waiting(task)
                 await self._recorder.record(outcome)
                 item.is_over = True
-            finally:
-                self._claimed.discard(key)
         finally:
-            if is_waiting:
-                self.waiting -= 1
-                self._update_room()
+            del self._claims[key]
+            claim.set_result(item.is_over)
+
+    async def _outcome(self, run: _Run, work: Slice, item: _Item) -> Row | None:
+        """Return what came of an item; None when it was not tried, because the worker or its run is stopping."""
+        combination = run.combinations[item.row["combination_number"]]
+        spec = combination.grader if work.kind == "grade" else combination.generator
+        assert spec is not None
+        if self.is_draining or not run.wants(work):
+            return None
+        try:
+            if spec.provider == "metric":
+                return self._score(run, item, spec)
+            completer, request = self._completer(run, spec), self._request(run, work.kind, item, spec)
+            tokens = _estimated_tokens(request, spec)
+        except Exception as exc:
+            return item.outcome(run.run_id, work.kind, result="failed") | _failure(_model_error(exc))
+        alone = self._alone if item.is_suspect else contextlib.nullcontext()
+        async with alone, self._limits.slot(spec, tokens=tokens), self._slots:
+            if self.is_draining or not run.wants(work):
+                return None
+            self._stop_waiting(_this_task())
+            if item.is_suspect and (crash := await self._charge(run, work, item)):
+                return crash
+            self.in_flight += 1
+            try:
+                return await self._ask(run, work.kind, item, spec, completer, request, tokens)
+            finally:
+                self.in_flight -= 1
+
+    async def _charge(self, run: _Run, work: Slice, item: _Item) -> Row | None:
+        """Count the crash that follows if this process dies of the item; return its failure after enough of them."""
+        charged = await self._persist("charge_crash", run_id=run.run_id, kind=work.kind, ordinal=item.ordinal)
+        if charged[0]["charge_crash"] <= _CRASH_LIMIT:
+            return None
+        error = RequestRejected(f"the worker process died {_CRASH_LIMIT} times while it ran this item alone")
+        return item.outcome(run.run_id, work.kind, result="failed") | _failure(error) | {"cause": "crashed"}
 
     async def _ask(
         self,
@@ -334,7 +343,7 @@ class Engine:
             answer = self._read(kind, item, completion)
         except ModelError as exc:
             if exc.retry_after is not None and not exc.spends_attempt:
-                await self._limits.block(spec, exc.retry_after)
+                self._limits.block(spec, exc.retry_after)
             usage = completion.usage if completion else None
             used = (usage.input_tokens, usage.output_tokens, usage.cached_tokens) if usage else _used(exc)
             self._limits.settle(spec, estimated=tokens, used=used[0] + used[1])
@@ -348,11 +357,8 @@ class Engine:
                 self._recorder.enqueue(item.outcome(run.run_id, kind, result="cancelled", calls=cancelled))
             raise
         except Exception as exc:
-            logger.exception("a completer failed with an unexpected error")
-            failed = call(
-                outcome="error", error=f"{type(exc).__name__}: {exc}"[:4000], answer=traceback.format_exc()[-8000:]
-            )
-            trouble = CodeFailed(f"{type(exc).__name__}: {exc}", text=traceback.format_exc()[-8000:])
+            trouble = _model_error(exc)
+            failed = call(outcome="error", error=str(trouble)[:4000], answer=trouble.text)
             return item.outcome(run.run_id, kind, result="failed", calls=failed) | _failure(trouble)
         usage = completion.usage
         self._limits.settle(spec, estimated=tokens, used=usage.input_tokens + usage.output_tokens)
@@ -369,16 +375,13 @@ class Engine:
         return {"verdicts": read_verdicts(completion.data, count, text=completion.text)}
 
     def _score(self, run: _Run, item: _Item, spec: ModelSpec) -> Row:
-        try:
-            score = score_metric(spec.model, spec.parameters, item.note, item.case.get("target"))
-        except ModelError as exc:
-            return item.outcome(run.run_id, "grade", result="failed") | _failure(exc)
+        score = score_metric(spec.model, spec.parameters, item.note, item.case.get("target"))
         return item.outcome(run.run_id, "grade", result="succeeded") | {
             "score": score.score,
             "max_score": score.max_score,
         }
 
-    def _completer(self, run: _Run, kind: ItemKind, spec: ModelSpec) -> Completer:
+    def _completer(self, run: _Run, spec: ModelSpec) -> Completer:
         key = (spec.id, spec.model_dump_json())
         if key not in run.completers:
             run.completers[key] = self._gateway.completer(spec)
@@ -431,17 +434,42 @@ class Engine:
             item=facts,
         )
 
+    @contextlib.contextmanager
+    def _loads(self) -> Iterator[None]:
+        self._loading += 1
+        self._update_room()
+        try:
+            yield
+        finally:
+            self._loading -= 1
+            self._update_room()
+
+    def _stop_waiting(self, task: asyncio.Task[Any]) -> None:
+        self._waiting.discard(task)
+        self._update_room()
+
     def _update_room(self) -> None:
-        if self.is_draining or (self.waiting < self.concurrency and self._loading < 4):
+        if self.is_draining or (len(self._waiting) < self.concurrency and self._loading < 4):
             self._room.set()
         else:
             self._room.clear()
 
 
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
+def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    for task in list(tasks):
+        task.cancel()
+
+
 class _Item:
     """A note or grade to make: its row of the plan, and what it is made from."""
 
-    __slots__ = ("case", "is_over", "note", "ordinal", "row", "rubric")
+    __slots__ = ("case", "is_over", "is_suspect", "note", "ordinal", "row", "rubric")
 
     def __init__(self, row: Row, *, case: Row, rubric: Row | None, note: Any) -> None:
         self.row = row
@@ -450,6 +478,7 @@ class _Item:
         self.rubric = rubric
         self.note = note
         self.is_over = False
+        self.is_suspect = False
 
     def outcome(self, run_id: int, kind: ItemKind, *, result: str, calls: list[Row] | None = None) -> Row:
         """Return the common part of an outcome, shaped like the SQL type of that name."""
@@ -461,6 +490,15 @@ class _Item:
             "result": result,
             "calls": calls or [],
         }
+
+
+def _model_error(exc: Exception) -> ModelError:
+    """Return a ModelError as it is, and anything unexpected as the failure of code that it is."""
+    if isinstance(exc, ModelError):
+        return exc
+    logger.error("an item failed with an unexpected error", exc_info=exc)
+    text = "".join(traceback.format_exception(exc))[-8000:]
+    return CodeFailed(f"{type(exc).__name__}: {exc}", text=text)
 
 
 def _failure(error: ModelError) -> Row:
@@ -506,28 +544,34 @@ class Recorder:
     item, so that one bad value never holds up the others.
     """
 
-    def __init__(self, database: Database, worker_id: int, on_states: Any) -> None:
+    def __init__(self, database: Database, worker_id: int, on_states: Callable[[Sequence[Row]], None]) -> None:
         self._database = database
         self._worker_id = worker_id
         self._on_states = on_states
-        self._queue: list[tuple[Row, asyncio.Future[None]]] = []
+        self._queue: deque[_Entry] = deque()
         self._wake = asyncio.Event()
         self._is_closing = False
+        self._deadline: float | None = None
         self._task = asyncio.create_task(self._run())
 
     def enqueue(self, outcome: Row) -> asyncio.Future[None]:
         """Take an outcome to be written soon."""
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue.append((outcome, written))
+        entry = _Entry(outcome, asyncio.get_running_loop().create_future())
+        self._queue.append(entry)
         self._wake.set()
-        return written
+        return entry.written
 
     async def record(self, outcome: Row) -> None:
         """Write an outcome; returns when it is durable, even when the caller is cancelled meanwhile."""
         await asyncio.shield(self.enqueue(outcome))
 
+    def hurry(self) -> None:
+        """From now on, give up on a database that stays away."""
+        self._deadline = self._deadline or time.monotonic() + _LAST_WRITES_SECONDS
+
     async def close(self) -> None:
         """Write what is queued and end; gives up on a database that stays away."""
+        self.hurry()
         self._is_closing = True
         self._wake.set()
         with contextlib.suppress(asyncio.CancelledError):
@@ -538,68 +582,88 @@ class Recorder:
             await self._wake.wait()
             await asyncio.sleep(_LINGER_SECONDS)
             while self._queue:
-                batch: list[tuple[Row, asyncio.Future[None]]] = []
-                texts: list[str] = []
+                batch: list[_Entry] = []
                 size = 0
                 while self._queue and len(batch) < _BATCH_ITEMS and size < _BATCH_BYTES:
-                    batch.append(self._queue.pop(0))
-                    texts.append(_storable_json(batch[-1][0]))
-                    size += len(texts[-1])
-                await self._write(batch, texts)
+                    batch.append(self._queue.popleft())
+                    size += len(batch[-1].text)
+                await self._write(batch)
             self._wake.clear()
             if self._is_closing:
                 self._wake.set()
 
-    async def _write(self, batch: list[tuple[Row, asyncio.Future[None]]], texts: list[str]) -> None:
-        delay, deadline = 0.1, None
+    async def _write(self, batch: list[_Entry]) -> None:
+        delay = 0.1
         while True:
             try:
                 states = await self._database.call(
-                    "record_outcomes", worker_id=self._worker_id, outcomes="[" + ",".join(texts) + "]"
+                    "record_outcomes",
+                    worker_id=self._worker_id,
+                    outcomes="[" + ",".join([entry.text for entry in batch]) + "]",
                 )
                 break
-            except TRANSIENT as exc:
-                deadline = deadline or (time.monotonic() + 20 if self._is_closing else None)
-                if deadline and time.monotonic() > deadline:
+            except Exception as exc:  # whatever it is, those who wait are told, and the recorder lives on
+                if not isinstance(exc, TRANSIENT) or (exc.sqlstate or "").startswith(_PROGRAM_LIMIT):
+                    await self._write_singly(batch, exc)
+                    return
+                if self._deadline and time.monotonic() > self._deadline:
                     logger.error("%s outcomes could not be written: %s", len(batch), exc)
                     _settle(batch, exc)
                     return
                 logger.warning("the database did not take %s outcomes, which are kept: %s", len(batch), exc)
                 await asyncio.sleep(delay * (0.5 + random.random()))
                 delay = min(delay * 2, 5.0)
-            except HarnessError as exc:
-                await self._write_singly(batch, texts, exc)
-                return
         _settle(batch, None)
         self._on_states(states)
 
-    async def _write_singly(
-        self, batch: list[tuple[Row, asyncio.Future[None]]], texts: list[str], error: HarnessError
-    ) -> None:
+    async def _write_singly(self, batch: list[_Entry], error: Exception) -> None:
         if len(batch) > 1:
-            for entry, text in zip(batch, texts, strict=True):
-                await self._write([entry], [text])
+            for entry in batch:
+                await self._write([entry])
             return
-        outcome, _ = batch[0]
-        logger.error("an outcome of run %s was refused: %s", outcome["run_id"], error)
-        if outcome.get("cause") == "not_recordable" or outcome["result"] == "cancelled":
+        entry = batch[0]
+        logger.error("an outcome of run %s was refused: %s", entry.outcome["run_id"], error)
+        if (refused := _refused(entry.outcome, error)) is None:
             _settle(batch, error)
-            return
-        refusal = RequestRejected(f"the outcome could not be recorded: {error}")
-        failed = {key: outcome[key] for key in ("run_id", "kind", "ordinal", "attempt")} | _failure(refusal)
-        failed |= {"result": "failed", "cause": "not_recordable", "calls": []}
-        await self._write([(failed, batch[0][1])], [_storable_json(failed)])
+        else:
+            await self._write([_Entry(refused, entry.written)])
 
 
-def _settle(batch: list[tuple[Row, asyncio.Future[None]]], error: Exception | None) -> None:
-    for _, written in batch:
-        if written.done():
+class _Entry:
+    """An outcome on its way to the database: as it is sent, and who waits for it."""
+
+    __slots__ = ("outcome", "text", "written")
+
+    def __init__(self, outcome: Row, written: asyncio.Future[None]) -> None:
+        self.outcome = outcome
+        self.written = written
+        try:
+            self.text = _storable_json(outcome)
+        except (RecursionError, TypeError, ValueError) as exc:  # nothing that a model answers may stop the recorder
+            self.outcome = _refused(outcome, exc) or outcome | {"calls": []}
+            self.text = _storable_json(self.outcome)
+
+
+def _refused(outcome: Row, error: Exception) -> Row | None:
+    """Return what to record instead of a refused outcome: a failure, with what its calls cost if that is taken."""
+    was_refused = outcome.get("cause") == "not_recordable"
+    if outcome["result"] == "cancelled" or (was_refused and not outcome["calls"]):
+        return None
+    failed = {key: outcome[key] for key in ("run_id", "kind", "ordinal", "attempt")} | {"result": "failed"}
+    failed |= _failure(RequestRejected(f"the outcome could not be recorded: {error}")) | {"cause": "not_recordable"}
+    calls = [] if was_refused else [call | {"answer": None, "error": None} for call in outcome["calls"]]
+    return failed | {"calls": calls}
+
+
+def _settle(batch: list[_Entry], error: Exception | None) -> None:
+    for entry in batch:
+        if entry.written.done():
             continue
         if error is None:
-            written.set_result(None)
+            entry.written.set_result(None)
         else:
-            written.set_exception(error)
-            written.exception()  # a cancelled caller will not look at it
+            entry.written.set_exception(error)
+            entry.written.exception()  # a cancelled caller will not look at it
 
 
 def _storable_json(outcome: Mapping[str, Any]) -> str:

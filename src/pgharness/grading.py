@@ -20,7 +20,8 @@ from pgharness.prompts import text_of
 
 TARGET_CRITERION = "The output agrees with the target."
 _PATTERN_SECONDS = 2.0
-_NUMBER = regex.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+# a sign after a word or a number is a hyphen or a range: the last number of "3-4 days" is 4
+_NUMBER = regex.compile(r"(?:(?<!\w)[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 class Verdict(BaseModel):
@@ -122,6 +123,7 @@ def _normal(text: str, parameters: Mapping[str, Any]) -> str:
 
 
 def _numbers(text: str) -> Sequence[float]:
+    text = text.replace("\N{MINUS SIGN}", "-")
     return [float(number.replace(",", "")) for number in _NUMBER.findall(text)]
 
 

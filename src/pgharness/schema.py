@@ -31,6 +31,12 @@ create table if not exists pgharness.schema_migrations (
 );
 comment on table pgharness.schema_migrations is 'One row per applied migration, with the SHA-256 of its text.';
 """
+_RECORD = """
+insert into pgharness.schema_migrations (name, checksum) values (%s, %s)
+on conflict on constraint schema_migrations_pkey do update set checksum = excluded.checksum, applied_at = now()
+"""
+# the queue can be dropped and made again: what is in it can be found again in our rows
+_QUEUE_IS_LOST = "to_regclass('procrastinate.procrastinate_jobs') is null"
 # the queue names its tables unqualified: pin the path of its functions, so that any session may fire its triggers
 _PIN_QUEUE = """
 do $pin$
@@ -90,7 +96,10 @@ def repeatables() -> list[Script]:
 
 
 def _applied(connection: Connection[Any]) -> dict[str, str]:
-    return dict(connection.execute("select name, checksum from pgharness.schema_migrations").fetchall())
+    applied = dict(connection.execute("select name, checksum from pgharness.schema_migrations").fetchall())
+    if connection.execute(f"select {_QUEUE_IS_LOST}").fetchone() == (True,):
+        return {name: checksum for name, checksum in applied.items() if not name.startswith("procrastinate/")}
+    return applied
 
 
 def _pending(applied: dict[str, str]) -> list[Script]:
@@ -132,10 +141,7 @@ def upgrade(connection: Connection[Any]) -> list[str]:
         pending = _pending(_applied(connection))
         for script in pending:
             _run(connection, script.text)
-            connection.execute(
-                "insert into pgharness.schema_migrations (name, checksum) values (%s, %s)",
-                (script.name, script.checksum),
-            )
+            connection.execute(_RECORD, (script.name, script.checksum))
         for script in repeatables():
             _run(connection, script.text)
         return [script.name for script in pending]
@@ -170,13 +176,13 @@ def bundle() -> str:
     ]
     for script in migrations():
         tag = f"$migration_{script.checksum[:8]}$"
-        row = f"'{script.name}', '{script.checksum}'"
+        known = f"exists (select from pgharness.schema_migrations where name = '{script.name}')"
+        if script.name.startswith("procrastinate/"):
+            known = f"{known} and not {_QUEUE_IS_LOST}"
+        record = _RECORD.strip() % (f"'{script.name}'", f"'{script.checksum}'")
         parts.append(
-            "do $bundle$\nbegin\n"
-            f"    if not exists (select from pgharness.schema_migrations where name = '{script.name}') then\n"
-            f"        execute {tag}\n{script.text}\n{tag};\n"
-            f"        insert into pgharness.schema_migrations (name, checksum) values ({row});\n"
-            "    end if;\nend;\n$bundle$;"
+            f"do $bundle$\nbegin\n    if not ({known}) then\n        execute {tag}\n{script.text}\n{tag};\n"
+            f"        {record};\n    end if;\nend;\n$bundle$;"
         )
     parts += [f"-- {script.name}\n{script.text}" for script in repeatables()]
     return "\n".join(parts) + "\n"

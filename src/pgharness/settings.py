@@ -37,10 +37,11 @@ class Settings:
         """Read the environment. Raises SettingsError naming the variable and what it may be."""
         for name in environ:
             if name.startswith("PGHARNESS_") and name not in VARIABLES:
-                close = get_close_matches(name, VARIABLES, n=1)
+                known = {variable.removeprefix("PGHARNESS_"): variable for variable in VARIABLES}
+                close = get_close_matches(name.removeprefix("PGHARNESS_"), known, n=1)
                 raise SettingsError(
                     f"environment variable {name} is unknown",
-                    hint=f"Did you mean {close[0]}?" if close else f"Known: {', '.join(VARIABLES)}.",
+                    hint=f"Did you mean {known[close[0]]}?" if close else f"Known: {', '.join(VARIABLES)}.",
                 )
         return cls(
             database_url=database_url or environ.get("PGHARNESS_DATABASE_URL") or None,

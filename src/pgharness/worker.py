@@ -1,8 +1,8 @@
 """Worker processes: one supervisor that starts, watches and stops N processes, each running one engine.
 
-A process that dies is reported and replaced at once. SIGTERM drains: no new calls, those in flight end and are
-recorded, the rest goes back to the queue; a second signal cancels the calls in flight. kill -9 of anything loses
-nothing: what was not recorded is put back by the next sweep of any worker.
+A process that dies is reported and replaced at once, and one that hangs is killed. SIGTERM drains: no new calls, those
+in flight end and are recorded, the rest goes back to the queue; a second signal to the supervisor cancels the calls in
+flight. kill -9 of anything loses nothing: what was not recorded is put back by the next sweep of any worker.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from ctypes import c_double
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -39,6 +40,9 @@ EXIT_SCHEMA = 4
 _HEARTBEAT_SECONDS = 1.0
 _POOL_SIZE = 4
 _RESTART_SECONDS = (0.1, 5.0)
+_SETTLED_SECONDS = 2.0  # a process that died younger is replaced with growing delay
+_HUNG_SECONDS = 10.0  # without a turn of its event loop; never less than it takes to count as lost
+_ABORT = signal.SIGUSR1  # from the supervisor: who stops a service may send SIGTERM to all its processes, several times
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +82,11 @@ def _git(*arguments: str) -> str | None:
 # -- one process
 
 
-async def run_process(options: WorkerOptions, *, parent_pid: int) -> None:
-    """Work until told to stop. Raises SchemaOutOfDate when the database is not at this version."""
+async def run_process(options: WorkerOptions, *, parent_pid: int, pulse: c_double) -> None:
+    """Work until told to stop, with the time of the last sign of life in `pulse`.
+
+    Raises SchemaOutOfDate when the database is not at this version.
+    """
     with database.connect(options.url) as connection:
         schema.verify(connection)
     pool = Database(options.url, size=_POOL_SIZE, application_name="pgharness worker")
@@ -98,15 +105,26 @@ async def run_process(options: WorkerOptions, *, parent_pid: int) -> None:
         engine = Engine(pool, gateway, worker_id=worker_id, concurrency=options.concurrency)
         queue = Queue(pool, engine, worker_id=worker_id)
         process = _Process(pool, engine, queue, worker_id, parent_pid, options.settings.stale_seconds)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, process.on_signal, number)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, process.stop)
+        loop.add_signal_handler(signal.SIGINT, process.on_interrupt)
+        loop.add_signal_handler(_ABORT, process.abort)
+        pulsing = asyncio.create_task(_show_pulse(pulse))
         try:
             await process.run(options.queues)
         finally:
+            pulsing.cancel()
+            pulse.value = 0  # what is left may wait for the database
             await engine.close()
             await gateway.aclose()
             with contextlib.suppress(HarnessError, *TRANSIENT):
                 await process.beat("stopped")
+
+
+async def _show_pulse(pulse: c_double) -> None:
+    while True:
+        pulse.value = time.monotonic()
+        await asyncio.sleep(_HEARTBEAT_SECONDS)
 
 
 class _Process:
@@ -131,16 +149,17 @@ class _Process:
             with contextlib.suppress(asyncio.CancelledError):
                 await heartbeat
 
-    def on_signal(self, number: int) -> None:
-        if number == signal.SIGINT and not self._queue.is_stopping and os.getppid() == self._parent_pid:
-            return  # Ctrl-C reaches the whole group; the supervisor decides
-        if self._queue.is_stopping:
-            self._engine.abort()
-        else:
+    def stop(self) -> None:
+        if not self._queue.is_stopping:
+            self._queue.stop()
+
+    def on_interrupt(self) -> None:
+        if os.getppid() != self._parent_pid:  # else Ctrl-C reached the supervisor as well, which decides
             self.stop()
 
-    def stop(self) -> None:
-        self._queue.stop()
+    def abort(self) -> None:
+        self.stop()
+        self._engine.abort()
 
     async def beat(self, state: str) -> None:
         states = await self._pool.call(
@@ -155,28 +174,31 @@ class _Process:
 
     async def _keep_beating(self) -> None:
         """Show life, learn which runs ended, and put back what other workers left, once a second or so."""
-        sweep_at = time.monotonic()
+        beat_at = sweep_at = time.monotonic()
         while True:
             if os.getppid() != self._parent_pid and not self._queue.is_stopping:
                 logger.warning("the supervisor is gone: draining")
                 self.stop()
             try:
                 await self.beat("draining" if self._queue.is_stopping else "running")
-                if time.monotonic() >= sweep_at:
-                    put_back = (await self._pool.call("sweep", stale_after=f"{self._stale_seconds} seconds"))[0][
-                        "sweep"
-                    ]
-                    if put_back:
-                        logger.warning("%s slices of lost workers were queued again", put_back)
+                last, beat_at = beat_at, time.monotonic()
+                if beat_at - last > self._stale_seconds / 2:
+                    # the database was away, for others too: nobody counts as lost before they could show life
+                    sweep_at = beat_at + self._stale_seconds
+                elif beat_at >= sweep_at:
+                    await self._sweep()
                     sweep_at = time.monotonic() + min(self._stale_seconds / 6, 5.0)
-            except TRANSIENT as exc:
-                logger.warning("no heartbeat: %s", exc)
-            except HarnessError as exc:
-                logger.error("no heartbeat: %s", exc)
-            await asyncio.sleep(_HEARTBEAT_SECONDS)
+            except Exception as exc:  # whatever it is: without a heartbeat this worker would count as lost
+                logger.log(logging.WARNING if isinstance(exc, TRANSIENT) else logging.ERROR, "no heartbeat: %s", exc)
+            await asyncio.sleep(min(_HEARTBEAT_SECONDS, self._stale_seconds / 5))
+
+    async def _sweep(self) -> None:
+        swept = await self._pool.call("sweep", stale_after=f"{self._stale_seconds} seconds")
+        if swept[0]["sweep"]:
+            logger.warning("%s slices of lost workers were queued again", swept[0]["sweep"])
 
 
-def _process_main(options: WorkerOptions, parent_pid: int) -> None:
+def _process_main(options: WorkerOptions, parent_pid: int, pulse: c_double) -> None:
     # every call in flight is a file descriptor, and many systems allow 1,024
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = options.concurrency + 256
@@ -189,7 +211,7 @@ def _process_main(options: WorkerOptions, parent_pid: int) -> None:
         for noisy in ("procrastinate", "httpx", "psycopg.pool"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        asyncio.run(run_process(options, parent_pid=parent_pid))
+        asyncio.run(run_process(options, parent_pid=parent_pid, pulse=pulse))
     except SchemaOutOfDate as exc:
         logger.error("%s. %s", exc, exc.hint or "")
         sys.exit(EXIT_SCHEMA)
@@ -201,66 +223,95 @@ def _process_main(options: WorkerOptions, parent_pid: int) -> None:
 # -- the supervisor
 
 
+class _Place:
+    """One of the supervisor's processes, and when to start the next one after it died."""
+
+    __slots__ = ("delay", "process", "pulse", "restart_at", "started_at")
+
+    process: BaseProcess
+    pulse: c_double  # time of its last sign of life; 0 before the first and while it ends
+    started_at: float
+
+    def __init__(self) -> None:
+        self.delay = _RESTART_SECONDS[0]
+        self.restart_at: float | None = None
+
+
 class Supervisor:
     """Keeps N worker processes alive until it is told to stop, or until `is_done` says so."""
 
     def __init__(self, options: WorkerOptions, workers: int, *, is_done: Callable[[], bool] | None = None) -> None:
         self._options = options
         self._context = multiprocessing.get_context("spawn")
-        self._processes: list[BaseProcess] = [self._spawn() for _ in range(workers)]
-        self._delay = _RESTART_SECONDS[0]
         self._signals = 0
         self._is_done = is_done
-
-    def _spawn(self) -> BaseProcess:
-        process = self._context.Process(target=_process_main, args=(self._options, os.getpid()), daemon=False)
-        process.start()
-        return process
+        self._places = [_Place() for _ in range(workers)]
+        for place in self._places:
+            self._start(place)
 
     def run(self) -> int:
         """Supervise until all processes have ended; return the exit status."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        healthy_since = checked_at = time.monotonic()
+        checked_at = time.monotonic()
         while True:
-            multiprocessing.connection.wait([process.sentinel for process in self._processes], timeout=0.25)
-            now = time.monotonic()
-            for index, process in enumerate(self._processes):
-                if process.is_alive():
-                    continue
-                if process.exitcode == EXIT_SCHEMA:
+            alive = [place for place in self._places if place.process.is_alive()]
+            if self._signals and not alive:
+                return self._join(0)
+            multiprocessing.connection.wait([place.process.sentinel for place in alive], timeout=0.25)
+            for place in self._places:
+                if place.process.exitcode == EXIT_SCHEMA:
                     self.stop()
                     return self._join(EXIT_SCHEMA)
-                if self._signals:
-                    continue
-                logger.error("worker process %s ended with status %s; starting another", process.pid, process.exitcode)
-                self._report_lost(process)
-                healthy_since = now
-                time.sleep(self._delay)
-                self._delay = min(self._delay * 2, _RESTART_SECONDS[1])
-                self._processes[index] = self._spawn()
-            if now - healthy_since > 10:
-                self._delay = _RESTART_SECONDS[0]
-            if self._signals and not any(process.is_alive() for process in self._processes):
-                return self._join(0)
-            if self._is_done is not None and not self._signals and now - checked_at > 0.5:
-                checked_at = now
+                self._tend(place)
+            if self._is_done is not None and not self._signals and time.monotonic() - checked_at > 0.5:
+                checked_at = time.monotonic()
                 if self._is_done():
                     self.stop()
+
+    def _tend(self, place: _Place) -> None:
+        now = time.monotonic()
+        if place.process.is_alive():
+            silence = now - place.pulse.value if place.pulse.value else 0.0
+            if silence > max(_HUNG_SECONDS, self._options.settings.stale_seconds):
+                logger.error("worker process %s hangs since %.0f seconds; killing it", place.process.pid, silence)
+                place.process.kill()
+        elif self._signals:
+            pass
+        elif place.restart_at is None:
+            logger.error(
+                "worker process %s ended with status %s; starting another", place.process.pid, place.process.exitcode
+            )
+            self._report_lost(place.process)
+            is_settled = now - place.started_at > _SETTLED_SECONDS
+            place.delay = _RESTART_SECONDS[0] if is_settled else min(place.delay * 2, _RESTART_SECONDS[1])
+            place.restart_at = now + place.delay
+        elif now >= place.restart_at:
+            self._start(place)
+
+    def _start(self, place: _Place) -> None:
+        place.pulse = self._context.RawValue(c_double, 0.0)
+        process = self._context.Process(
+            target=_process_main, args=(self._options, os.getpid(), place.pulse), daemon=False
+        )
+        process.start()
+        place.process, place.started_at, place.restart_at = process, time.monotonic(), None
+        if self._signals:
+            process.terminate()  # the signal came while it was being started
 
     def stop(self) -> None:
         """Ask every process to drain; asked again, to drop its calls."""
         self._signals += 1
-        for process in self._processes:
-            if process.is_alive():
-                process.terminate()
+        for place in self._places:
+            if place.process.is_alive() and place.process.pid is not None:
+                os.kill(place.process.pid, signal.SIGTERM if self._signals == 1 else _ABORT)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop()
 
     def _join(self, status: int) -> int:
-        for process in self._processes:
-            process.join()
+        for place in self._places:
+            place.process.join()
         return status
 
     def _report_lost(self, process: BaseProcess) -> None:

@@ -1,7 +1,7 @@
 """The command line: a command is parse, one call, print.
 
 Exit status: 0 done; 1 refused or failed; 2 wrong usage; 4 the schema must be migrated; 5 the watched run failed or was
-cancelled; 6 it is paused.
+cancelled; 6 it is paused; 130 interrupted.
 """
 
 from __future__ import annotations

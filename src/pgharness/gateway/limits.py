@@ -33,6 +33,7 @@ class Limits:
         self._database = database
         self._worker_id = worker_id
         self._gates: dict[int, _Gate] = {}
+        self._reports: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
     async def slot(self, spec: ModelSpec, *, tokens: int) -> AsyncIterator[None]:
@@ -55,15 +56,20 @@ class Limits:
         if gate := self._gates.get(spec.id):
             gate.debt += used - estimated
 
-    async def block(self, spec: ModelSpec, seconds: float) -> None:
-        """Hold back every worker's calls to a model, because its provider asked to wait."""
+    def block(self, spec: ModelSpec, seconds: float) -> None:
+        """Hold back every worker's calls to a model, because its provider asked to wait: ours at once, theirs soon."""
         if gate := self._gates.get(spec.id):
             gate.blocked_until = max(gate.blocked_until, time.monotonic() + seconds)
+        report = asyncio.create_task(self._report_block(spec.id, seconds))
+        self._reports.add(report)
+        report.add_done_callback(self._reports.discard)
+
+    async def _report_block(self, model_id: int, seconds: float) -> None:
         with contextlib.suppress(HarnessError, *TRANSIENT):
-            await self._database.call("block_model", model_id=spec.id, seconds=seconds)
+            await self._database.call("block_model", model_id=model_id, seconds=seconds)
 
     async def close(self) -> None:
-        await asyncio.gather(*(gate.close() for gate in self._gates.values()))
+        await asyncio.gather(*self._reports, *(gate.close() for gate in self._gates.values()))
 
 
 class _Gate:
@@ -87,7 +93,7 @@ class _Gate:
         ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((ticket, tokens))
         self._admit()
-        if self._waiting and (self._negotiation is None or self._negotiation.done()):
+        if self._negotiation is None or self._negotiation.done():
             self._negotiation = asyncio.create_task(self._negotiate())
         elif self._waiting:
             self._wake.set()
@@ -104,21 +110,22 @@ class _Gate:
 
     def _admit(self) -> None:
         while self._waiting:
-            if time.monotonic() < self.blocked_until or self._permits == 0:
-                return
-            if self._granted is not None and self._in_use >= self._granted:
-                return
-            ticket, _ = self._waiting.popleft()
-            if ticket.done():
-                continue  # its caller was cancelled
-            self._in_use += 1
-            if self._permits is not None:
-                self._permits -= 1
-            ticket.set_result(None)
+            ticket, _ = self._waiting[0]
+            if not ticket.done():  # else its caller was cancelled
+                if time.monotonic() < self.blocked_until or self._permits == 0:
+                    return
+                if self._granted is not None and self._in_use >= self._granted:
+                    return
+                self._in_use += 1
+                if self._permits is not None:
+                    self._permits -= 1
+                ticket.set_result(None)
+            self._waiting.popleft()
 
     async def _negotiate(self) -> None:
-        while self._waiting or self._in_use:
+        while True:
             self._wake.clear()
+            is_idle = not self._waiting and not self._in_use  # then this question gives everything back
             try:
                 await self._ask()
             except (HarnessError, *TRANSIENT) as exc:
@@ -126,6 +133,8 @@ class _Gate:
                 await asyncio.sleep(_REFRESH_SECONDS)
                 continue
             self._admit()
+            if is_idle and not self._waiting and not self._in_use:
+                return  # whoever comes now starts another negotiation
             pause = _REFRESH_SECONDS
             if self._waiting:
                 pause = max(self.blocked_until - time.monotonic(), self._wait_seconds, 0.01)
@@ -134,10 +143,10 @@ class _Gate:
                 async with asyncio.timeout(min(pause, _REFRESH_SECONDS)):
                     await asyncio.sleep(0.01)
                     await (asyncio.Event() if self._waiting else self._wake).wait()
-        with contextlib.suppress(HarnessError, *TRANSIENT):
-            await self._lease()
 
     async def _lease(self) -> dict[str, Any]:
+        if self._granted is not None:
+            self._granted = self._in_use  # what is reported must hold until the answer, or others get the same slots
         answer = await self._database.call(
             "lease_model",
             worker_id=self._worker_id,
@@ -156,7 +165,7 @@ class _Gate:
         if not lease["is_rate_limited"]:
             self._permits = None
             return
-        self._permits = self._permits or 0
+        self._permits = (self._permits or 0) if self._waiting else 0  # not kept for a burst later
         if self.debt:
             debt, self.debt = self.debt, 0
             await self._database.call("take_requests", model_id=self._model_id, requests=0, tokens=debt)

@@ -1,0 +1,27 @@
+"""One database a module for tests that roll back: cloning one a test would cost more than the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import Connection
+
+import world
+
+
+@pytest.fixture(scope="module")
+def shared_url(server_url: str, template: str) -> Iterator[str]:
+    """Connection string of a database that the tests of a module share; what they commit stays."""
+    with world.cloned(server_url, template) as url:
+        yield url
+
+
+@pytest.fixture
+def tx(shared_url: str) -> Iterator[Connection[Any]]:
+    """A connection in a transaction that is rolled back."""
+    with psycopg.connect(shared_url) as connection:
+        yield connection
+        connection.rollback()
