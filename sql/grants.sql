@@ -63,6 +63,6 @@ begin
         pgharness.block_model(bigint, double precision), pgharness.log(bigint, text, text, jsonb), pgharness.record_result(bigint, text, jsonb)
         to pgharness_worker;
 exception when insufficient_privilege then
-    raise notice 'pgharness roles were not set up (%): only the owner of schema pgharness can use it', sqlerrm;
+    raise warning 'pgharness roles were not set up (%): only the owner of schema pgharness can use it', sqlerrm;
 end;
 $$;

@@ -23,8 +23,8 @@ ROWS = (
     {"cli", "sqldoc"},
     {"worker", "web"},
     {"queue"},
-    {"execution", "experiment", "report"},
-    {"datasets", "grading", "metrics", "trace", "telemetry", "training", "redteam"},
+    {"clinical_runner", "execution", "experiment", "report"},
+    {"datasets", "grading", "importing", "metrics", "trace", "telemetry", "training", "redteam"},
     {"gateway", "prompts"},
     {"schema"},
     {"database", "embedded"},
@@ -38,6 +38,7 @@ LINES = 600
 LONG_FILES = {
     "src/pgharness/embedded.py": "one server on every host: binaries, accounts, locks and recovery lean on each other",
     "src/pgharness/execution.py": "the engine and its recorder, which share what an outcome is",
+    "sql/functions/clinical_runner.sql": "the clinical runner's tables are imported as a whole",
     "sql/functions/json_schema.sql": "all of JSON Schema",
     "sql/functions/work.sql": "the work path, which is read as a whole",
 }
@@ -112,8 +113,8 @@ def test_every_unit_has_its_row() -> None:
 
 
 def test_only_the_database_layer_imports_psycopg() -> None:
-    # the command line names the type of the connection that it is handed, and nothing else
-    allowed = {("cli", "psycopg.Connection")}
+    # these name the type of the connection that they are handed, and nothing else
+    allowed = {(unit, "psycopg.Connection") for unit in ("cli", "clinical_runner", "importing")}
     users = {
         (unit(path), name)
         for path in MODULES

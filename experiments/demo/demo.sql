@@ -187,6 +187,7 @@ Patient: Is it catching? I have a baby at home.
 Doctor: No, but wash your garden clothes, and wear gloves and long sleeves next time. Cetirizine at night helps with the itch.
 $$)
        ) as script (name, problem, lines)
+ order by script.name
 on conflict do nothing;
 
 -- The rubrics ---------------------------------------------------------------------------------------------------------
@@ -315,7 +316,8 @@ $$),
 10 | Eczema in childhood
 $$)
        ) as sheet (case_name, author, validation, lines)
- where not exists (select from pgharness.rubrics as known where known.case_name = sheet.case_name and known.author = sheet.author);
+ where not exists (select from pgharness.rubrics as known where known.case_name = sheet.case_name and known.author = sheet.author)
+ order by sheet.case_name, sheet.author;
 
 -- The experiment ------------------------------------------------------------------------------------------------------
 

@@ -179,10 +179,11 @@ as $$
 $$;
 comment on function pgharness._copy_definition(bigint, bigint) is 'Give a rerun the frozen definition of the run it repeats.';
 
+-- a run that is inserted finished is history (import_run): nothing to plan, freeze or queue
 create or replace trigger _100_plan before insert on pgharness.runs
-    for each row execute function pgharness._plan_run();
+    for each row when (new.finished_at is null) execute function pgharness._plan_run();
 create or replace trigger _500_freeze after insert on pgharness.runs
-    for each row execute function pgharness._freeze_run();
+    for each row when (new.finished_at is null) execute function pgharness._freeze_run();
 
 create or replace function pgharness._announce_run() returns trigger
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -203,7 +204,7 @@ $$;
 comment on function pgharness._announce_run() is
 'Log every change of a run''s state and NOTIFY channel pgharness. Payload: event (run.started, run.running, run.paused, run.completed, run.failed, run.cancelled), run_id, run, status, previous_status, reason, at.';
 create or replace trigger _900_announce_insert after insert on pgharness.runs
-    for each row execute function pgharness._announce_run();
+    for each row when (new.finished_at is null) execute function pgharness._announce_run();
 create or replace trigger _900_announce_update after update of status, reason on pgharness.runs
     for each row execute function pgharness._announce_run();
 
@@ -406,7 +407,8 @@ begin
         raise exception 'run % is cancelled', v_run.id
             using errcode = 'PH003', hint = format('Continue it first: select pgharness.resume_run(%s);', v_run.id);
     end if;
-    delete from failures as f where f.run_id = v_run.id and f.status = 'failed';
+    update failures as f set status = 'waiting', attempts = 0, delays = 0, crashes = 0, next_attempt_at = clock(), updated_at = clock()
+     where f.run_id = v_run.id and f.status = 'failed';
     get diagnostics v_count = row_count;
     if v_count = 0 then
         return _receipt(v_run.id);

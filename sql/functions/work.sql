@@ -181,7 +181,7 @@ begin
     if slice ->> 'kind' = 'note' then
         return query
         select o, rc.case_id, place.combination_number, place.overlap, place.replication,
-               o, null::bigint, coalesce(f.attempts + f.delays, 0), f.cause, f.error, f.answer
+               o, null::bigint, coalesce(f.tries, 0), f.cause, f.error, f.answer
           from unnest(v_missing) as o
          cross join lateral _note_place(v_plan, o) as place
           join run_cases as rc on rc.run_id = v_run_id and rc.number = place.case_number
@@ -190,7 +190,7 @@ begin
     else
         return query
         select o, rc.case_id, n.combination_number, n.overlap, place.replication,
-               n.ordinal, rr.rubric_id, coalesce(f.attempts + f.delays, 0), f.cause, f.error, f.answer
+               n.ordinal, rr.rubric_id, coalesce(f.tries, 0), f.cause, f.error, f.answer
           from unnest(v_missing) as o
           join notes as n on n.run_id = v_run_id and n.ordinal = o / v_plan.grade_stride
           join run_combinations as c on c.run_id = v_run_id and c.number = n.combination_number
@@ -367,7 +367,7 @@ begin
                 v_outcome.retry_after, case when v_outcome.spends_attempt then v_delay * 2 ^ (v_failure.attempts - 1) else 2 ^ least(v_failure.delays - 1, 8) end));
         end if;
         update failures as f
-           set status = v_failure.status, attempts = v_failure.attempts, delays = v_failure.delays, crashes = 0, cause = v_failure.cause,
+           set status = v_failure.status, attempts = v_failure.attempts, delays = v_failure.delays, tries = greatest(f.tries + 1, v_outcome.attempt), crashes = 0, cause = v_failure.cause,
                error = v_failure.error, answer = v_failure.answer, next_attempt_at = v_failure.next_attempt_at, updated_at = clock()
          where f.run_id = v_failure.run_id and f.kind = v_failure.kind and f.ordinal = v_failure.ordinal;
         v_failures := v_failures || v_failure;
@@ -486,12 +486,19 @@ comment on function pgharness.register_worker(text, integer, text, text[], integ
 'For workers: make a row for a worker process; returns its id. Example: select pgharness.register_worker(''host'', 1, ''0.1.0'', ''{note,grade}'', 10);';
 
 create or replace function pgharness.attach_queue_worker(worker_id bigint, queue_worker_id bigint) returns void
-    language sql volatile security definer set search_path = pgharness, pg_temp
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
+begin
+    if exists (select from workers as w
+                where w.queue_worker_id = attach_queue_worker.queue_worker_id and w.id <> attach_queue_worker.worker_id and w.status in ('running', 'draining')) then
+        raise exception 'the queue knows another worker under id %', attach_queue_worker.queue_worker_id
+            using errcode = 'PH004', detail = 'A queue that was rebuilt numbers its workers anew.', hint = 'Register with the queue again.';
+    end if;
     update workers as w set queue_worker_id = attach_queue_worker.queue_worker_id, heartbeat_at = clock() where w.id = attach_queue_worker.worker_id;
+end;
 $$;
 comment on function pgharness.attach_queue_worker(bigint, bigint) is
-'For workers: say under which id the queue knows a worker, before it takes its first job. Example: select pgharness.attach_queue_worker(1, 5);';
+'For workers: say under which id the queue knows a worker, before it takes its first job. Raises PH004 when a worker alive has that id, for they would take each other''s jobs for lost. Example: select pgharness.attach_queue_worker(1, 5);';
 
 create or replace function pgharness.heartbeat(worker_id bigint, in_flight integer, state text, runs bigint[], jobs bigint[])
     returns table (run_id bigint, status text, epoch integer)

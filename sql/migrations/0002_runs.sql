@@ -208,6 +208,7 @@ create table pgharness.failures (
     status          text not null,
     attempts        integer not null default 0,
     delays          integer not null default 0,
+    tries           integer not null default 0,
     crashes         integer not null default 0,
     cause           text not null,
     error           text not null,
@@ -224,6 +225,7 @@ comment on table pgharness.failures is
 'One row per note or grade whose last try did not succeed; it goes away when a later one does (calls keep every try).';
 comment on column pgharness.failures.status is 'waiting (it will be tried again at next_attempt_at) or failed (retry_failed() tries it again).';
 comment on column pgharness.failures.attempts is 'Attempts spent; rate limits and outages count as delays instead.';
+comment on column pgharness.failures.tries is 'How often it was tried in all; retry_failed() resets attempts and delays, not this, so that no try repeats an earlier one.';
 comment on column pgharness.failures.crashes is 'Times that a worker died while it ran this item alone; at 5 the item is failed.';
 comment on column pgharness.failures.answer is 'The model''s answer, or a program''s traceback, when that was what failed.';
 

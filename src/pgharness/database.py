@@ -6,12 +6,12 @@ Python holds no SQL of its own beyond what is built here: everything that change
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import psycopg
-from psycopg import AsyncConnection, Connection
+from psycopg import AsyncConnection, Connection, IsolationLevel
 from psycopg.rows import dict_row
 from psycopg.sql import SQL, Composed, Identifier, Placeholder
 from psycopg.types.json import Jsonb
@@ -82,13 +82,34 @@ def stream(
         yield [column.name for column in cursor.description or []], cursor
 
 
-def relations(connection: Connection[Any]) -> dict[str, list[str]]:
-    """Return the tables and views of schema pgharness with their columns, by name."""
+def relations(connection: Connection[Any], schema: str = "pgharness") -> dict[str, list[str]]:
+    """Return the tables and views of a schema with their columns, by name: those that this role may read."""
     found = connection.execute(
         "select table_name, array_agg(column_name::text order by ordinal_position) "
-        "from information_schema.columns where table_schema = 'pgharness' group by 1 order by 1"
+        "from information_schema.columns where table_schema = %s group by 1 order by 1",
+        (schema,),
     )
     return dict(found.fetchall())
+
+
+@contextmanager
+def snapshot(url: str) -> Iterator[Connection[Any]]:
+    """Open a connection that sees one state of its database and can change nothing there."""
+    with connect(url, autocommit=False) as connection:
+        connection.read_only = True
+        connection.isolation_level = IsolationLevel.REPEATABLE_READ
+        yield connection
+
+
+def json_rows(connection: Connection[Any], schema: str, table: str, columns: Iterable[str]) -> Iterator[str]:
+    """Read a table of another system in the order of its id: a JSON text a row, never the whole table at once."""
+    query = SQL("select row_to_json(t)::text from (select {} from {} order by id) as t").format(
+        SQL(", ").join(map(Identifier, columns)), Identifier(schema, table)
+    )
+    with translated_errors(), connection.cursor(name="json_rows") as cursor:
+        cursor.itersize = 1_000
+        for (text,) in cursor.execute(query):
+            yield text
 
 
 def run_script(connection: Connection[Any], text: str) -> None:
@@ -124,7 +145,8 @@ class Database:
             timeout=30,
             configure=_configure,
             check=None,
-            kwargs={"application_name": application_name, "connect_timeout": 10},
+            # a prepared statement would not outlive the queue's schema, and a call of a function gains nothing by one
+            kwargs={"application_name": application_name, "connect_timeout": 10, "prepare_threshold": None},
         )
 
     async def open(self) -> None:

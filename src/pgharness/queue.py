@@ -52,7 +52,7 @@ class _Jobs(JobManager):
         try:
             return await super().fetch_job(queues, worker_id)
         except queue_errors.ConnectorException as exc:
-            logger.warning("no job could be fetched: %s", exc)
+            logger.warning("no job could be fetched: %s", _reason(exc))
             await asyncio.sleep(0.5 * (0.5 + random.random()))
             return None
 
@@ -81,8 +81,8 @@ class _Jobs(JobManager):
             try:
                 await super().listen_for_jobs(**kwargs)
             except (queue_errors.ConnectorException, *TRANSIENT) as exc:
-                logger.warning("no notifications for the moment, polling instead: %s", exc)
-            await asyncio.sleep(1.0)
+                logger.warning("no notifications for the moment, polling instead: %s", _reason(exc))
+            await asyncio.sleep(_POLLING_SECONDS)
 
     async def _patiently(self, write: Callable[[], Awaitable[_T]]) -> _T | None:
         delay = 0.1
@@ -91,7 +91,7 @@ class _Jobs(JobManager):
                 return await write()
             except queue_errors.ConnectorException as exc:
                 if self._queue.is_stopping or not isinstance(exc.__cause__, TRANSIENT):
-                    logger.warning("the end of a job could not be written; the sweep will find it: %s", exc)
+                    logger.warning("the end of a job could not be written; the sweep will find it: %s", _reason(exc))
                     return None
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 5.0)
@@ -133,7 +133,7 @@ class Queue:
                     if not self._working.cancelled():
                         self._working.result()
                 except (queue_errors.ConnectorException, HarnessError, *TRANSIENT) as exc:
-                    logger.warning("the queue cannot be reached: %s", exc)
+                    logger.warning("the queue cannot be reached: %s", _reason(exc))
                     await asyncio.sleep(1.0)
 
     def stop(self) -> None:
@@ -151,6 +151,10 @@ class Queue:
             await self.engine.run_slice(_slice(args))
         finally:
             self.open_jobs.discard(job_id)
+
+
+def _reason(exc: BaseException) -> BaseException:
+    return exc.__cause__ or exc  # the queue's own errors say no more than "Database error"
 
 
 def _slice(args: Mapping[str, Any]) -> Slice:

@@ -182,7 +182,7 @@ class _Process:
             try:
                 await self.beat("draining" if self._queue.is_stopping else "running")
                 last, beat_at = beat_at, time.monotonic()
-                if beat_at - last > self._stale_seconds / 2:
+                if beat_at - last > self._stale_seconds * 0.6:
                     # the database was away, for others too: nobody counts as lost before they could show life
                     sweep_at = beat_at + self._stale_seconds
                 elif beat_at >= sweep_at:
@@ -190,7 +190,7 @@ class _Process:
                     sweep_at = time.monotonic() + min(self._stale_seconds / 6, 5.0)
             except Exception as exc:  # whatever it is: without a heartbeat this worker would count as lost
                 logger.log(logging.WARNING if isinstance(exc, TRANSIENT) else logging.ERROR, "no heartbeat: %s", exc)
-            await asyncio.sleep(min(_HEARTBEAT_SECONDS, self._stale_seconds / 5))
+            await asyncio.sleep(min(_HEARTBEAT_SECONDS, self._stale_seconds / 10))
 
     async def _sweep(self) -> None:
         swept = await self._pool.call("sweep", stale_after=f"{self._stale_seconds} seconds")

@@ -82,7 +82,9 @@ def _url_first(arguments: list[str]) -> list[str]:
         cut = arguments.index("--")
         head, tail = arguments[:cut], arguments[cut:]
     for index, word in enumerate(head):
-        if word == "--database-url" and index + 1 < len(head):
+        if word == "--database-url":
+            if index + 1 == len(head):
+                return [word]  # whose error is that it lacks its argument
             return [*head[index : index + 2], *head[:index], *head[index + 2 :], *tail]
         if word.startswith("--database-url="):
             return [word, *head[:index], *head[index + 1 :], *tail]

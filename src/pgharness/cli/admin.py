@@ -21,7 +21,6 @@ from pgharness import __version__, database, schema
 from pgharness.cli.session import Session, print_json, session_of, shown, stdout
 from pgharness.embedded import find_bindir
 from pgharness.errors import DatabaseError, EmbeddedError, HarnessError, SchemaOutOfDate, SettingsError
-from pgharness.types import ModelSpec
 
 _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 _SKEW_SECONDS = 2.0
@@ -295,7 +294,9 @@ def _clock(connection: Connection[Any]) -> Check:
 
 def _models(session: Session, connection: Connection[Any]) -> list[Check]:
     """Check what workers started here would lack for the models of any instance."""
-    from pgharness.gateway.providers import wire_format  # here, for it takes half a second to import
+    # here, for they take half a second to import
+    from pgharness.gateway.providers import wire_format
+    from pgharness.types import ModelSpec
 
     used = {row[name] for row in database.rows(connection, "model_combinations") for name in ("generator", "grader")}
     checks = []

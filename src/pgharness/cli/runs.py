@@ -14,7 +14,7 @@ from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, get_args
+from typing import IO, Annotated, Any, Literal
 
 import typer
 from psycopg import Connection
@@ -36,13 +36,12 @@ from pgharness.cli.session import (
 )
 from pgharness.database import TRANSIENT, Row
 from pgharness.errors import HarnessError, InvalidArgument, NotFound
-from pgharness.types import ItemKind
 
 
 def _usd(text: str) -> Decimal:
     try:
         amount = Decimal(text)
-        if 0 < amount < 1_000_000:
+        if Decimal("0.000001") <= amount < 1_000_000:
             return amount
     except InvalidOperation:
         pass
@@ -61,7 +60,6 @@ Kind = Literal["trial", "milestone"]
 Key = Annotated[str | None, typer.Option(callback=_named, help="A second start with this key returns the first run.")]
 Budget = Annotated[Decimal | None, typer.Option(metavar="USD", parser=_usd, help="Pause when so much is spent.")]
 
-_QUEUES = get_args(ItemKind)
 _EXIT_BY_STATUS = {"failed": 5, "cancelled": 5, "paused": 6}
 _REFRESH_SECONDS = 0.5
 _LINE_SECONDS = 5.0
@@ -402,7 +400,7 @@ def export(
         finally:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
-    stderr.print(Text(f"{count:,} rows written to {out}"))
+    stderr.print(Text(f"{count:,} rows written to {out}"), soft_wrap=True)
 
 
 def _export_filters(connection: Connection[Any], view: str, run: str | None) -> dict[str, Any]:
@@ -446,7 +444,7 @@ def worker(
     context: typer.Context,
     workers: Annotated[int, typer.Option(min=1, max=256, help="Worker processes; about one per core.")] = 1,
     concurrency: Annotated[int, typer.Option(min=1, max=10_000, help="Calls in flight in each process.")] = 10,
-    queues: Annotated[str, typer.Option(help="The work to take: note, grade or note,grade.")] = ",".join(_QUEUES),
+    queues: Annotated[str, typer.Option(help="The work to take: note, grade or note,grade.")] = "note,grade",
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Run command and python models, which execute what database rows name.")
     ] = False,
@@ -457,12 +455,14 @@ def worker(
 
     Example: pgharness worker --workers 4 --concurrency 50
     """
-    from pgharness.worker import Supervisor, WorkerOptions  # here, for it takes half a second to import
+    # here, for they take half a second to import
+    from pgharness.queue import QUEUES
+    from pgharness.worker import Supervisor, WorkerOptions
 
     session = session_of(context)
     chosen = tuple(name.strip() for name in queues.split(",") if name.strip())
-    if not chosen or not set(chosen) <= set(_QUEUES):
-        raise typer.BadParameter(f"{queues!r} is not one of: {', '.join(_QUEUES)}, {','.join(_QUEUES)}.")
+    if not chosen or not set(chosen) <= set(QUEUES):
+        raise typer.BadParameter(f"{queues!r} is not one of: {', '.join(QUEUES)}, {','.join(QUEUES)}.")
     with session.connection() as connection:
         database.call(connection, "load_run", run_id=0)  # a schema or role that is not fit for work is told at once
     settings = session.settings

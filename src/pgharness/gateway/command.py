@@ -8,6 +8,7 @@
 | `repository` | where the program lives: a local path or a git URL. Without it the program runs in an empty folder |
 | `environment` | names of the worker's environment variables to pass on, for example `["OPENAI_API_KEY"]` |
 | `env_prefix` | begins the names of the variables below; default `PGHARNESS_` |
+| anything else | the program's own parameters, such as a temperature |
 
 The program runs at the run's `software_version`: a hash (abbreviated or not), a tag or a branch. A branch means what it
 pointed at when this worker first needed it, so give a hash or a tag; the answer's `model` records the commit that gave
@@ -18,13 +19,13 @@ It reads one JSON object on standard input: `case`, `config`, `model` (name, mod
 `note` and `rubric` when it is used as a grader. It prints its note, as JSON, to standard output: an object or any other
 value, or `{"note": ..., "usage": {"input_tokens": 1, "output_tokens": 2}}` to have its tokens counted. It exits with 0;
 any other status fails the attempt, with the end of its standard error kept. Past the model's timeout, and when its run
-is cancelled, it and all that it started get SIGTERM, and SIGKILL 2 seconds later. In its environment:
+is cancelled, it and all that it started get SIGTERM, and SIGKILL 0.8 seconds later. In its environment:
 
 | variable | holds |
 |---|---|
 | `PGHARNESS_MODEL` | `models.model`; empty leaves the choice to the program |
 | `PGHARNESS_IS_REASONING` | `true` or `false` |
-| `PGHARNESS_PARAMETERS` | the generator's parameters, as JSON |
+| `PGHARNESS_PARAMETERS` | the model's other parameters and the combination's, as JSON |
 | `PGHARNESS_CASE` | the case's name |
 | `PGHARNESS_OVERLAP`, `PGHARNESS_CYCLE_TIMES` | the transcript overlap; the cycle times, as a JSON list |
 | `PGHARNESS_REPLICATION`, `PGHARNESS_SEED`, `PGHARNESS_ATTEMPT` | which replication, its seed, which attempt at it |
@@ -79,9 +80,9 @@ _EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 class CommandParameters(BaseModel):
-    """The parameters of a model that is a program."""
+    """The parameters of a model that is a program; any others are the program's own, handed to it as they are."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     command: list[str] = Field(min_length=1)
     repository: str | None = Field(default=None, min_length=1)
@@ -115,6 +116,9 @@ class Command:
         )
         return self._completion(ended, commit, wants_json=request.schema is not None)
 
+    def _program_parameters(self, request: Request) -> dict[str, Any]:
+        return {**(self._parameters.model_extra or {}), **request.parameters}
+
     async def _place(self, item: Mapping[str, Any]) -> tuple[Path, str | None, Sequence[str]]:
         """Return the folder to run in, the commit that lies there, and what to put before the command."""
         with _cache_errors(self._cache_root):
@@ -140,7 +144,7 @@ class Command:
                 "name": self._spec.name,
                 "model": self._spec.model,
                 "is_reasoning": request.is_reasoning,
-                "parameters": _generator_parameters(request),
+                "parameters": self._program_parameters(request),
             },
         } | {key: item[key] for key in ("note", "rubric") if key in item}
 
@@ -157,7 +161,7 @@ class Command:
         told = {
             "MODEL": self._spec.model,
             "IS_REASONING": "true" if request.is_reasoning else "false",
-            "PARAMETERS": json.dumps(_generator_parameters(request)),
+            "PARAMETERS": json.dumps(self._program_parameters(request)),
             "CASE": (item.get("case") or {}).get("name"),
             "OVERLAP": item.get("overlap"),
             "CYCLE_TIMES": json.dumps(item.get("cycle_times") or []),
@@ -219,10 +223,6 @@ class Command:
         values = {os.environ.get(name, "") for name in self._parameters.environment}
         long = {value for value in values if len(value) >= _SHORTEST_SECRET}
         return sorted(long | {json.dumps(value)[1:-1] for value in long}, key=len, reverse=True)
-
-
-def _generator_parameters(request: Request) -> dict[str, Any]:
-    return {**request.parameters, **(request.item.get("generator_parameters") or {})}
 
 
 def _text(printed: bytes, secrets: Iterable[str] = ()) -> str:

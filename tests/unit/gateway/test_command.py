@@ -101,7 +101,6 @@ def request(version: str | None = None, *, case_input: Any = "The patient coughs
         "overlap": 100,
         "cycle_times": [0, 30],
         "replication": 4,
-        "generator_parameters": {"temperature": 0.5},
     }
     return Request(messages=(), seed=99, attempt=2, is_reasoning=True, item=item | more)
 
@@ -142,7 +141,7 @@ async def test_a_program_gets_its_case_on_standard_input_and_its_settings_in_its
     repository: Repository, cache: Path
 ) -> None:
     commit = repository.commit(ECHO)
-    completion = await program(cache, repository)(request(commit))
+    completion = await program(cache, repository, temperature=0.5)(request(commit))
     assert completion.data["asked"] == {
         "case": {"name": "cough", "input": "The patient coughs.", "metadata": {"ward": 3}},
         "config": {"style": "brief"},
@@ -692,7 +691,6 @@ async def test_no_file_and_no_zombie_is_left(cache: Path, tmp_path: Path, reposi
         ({"environment": ["A=B"]}, "environment.0"),
         ({"environment": "OPENAI_API_KEY"}, "environment"),
         ({"env_prefix": "my-"}, "env_prefix"),
-        ({"cwd": "/"}, "cwd"),
     ],
 )
 def test_parameters_that_cannot_be_used_are_named(cache: Path, parameters: dict[str, Any], named: str) -> None:

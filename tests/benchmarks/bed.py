@@ -1,0 +1,298 @@
+"""What the figures are measured on: a durable server of the benchmark's own, real worker processes, the HTTP stub.
+
+Nothing here measures. Everything that is started is stopped on exit, and the server's data are removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psycopg
+from psycopg import Connection
+from psycopg.conninfo import make_conninfo
+from psycopg.rows import dict_row
+
+from pgharness import schema
+from pgharness.embedded import EmbeddedPostgres, _filesystem, _mounts
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+PATIENCE_SECONDS = 300.0  # after which something hangs, and the benchmark says so
+_MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
+_TEMPLATE = "bench_template"
+
+CASE_COUNT = 50
+# A short consultation and a rubric of four criteria: about 1.1 kB of prompt, a note of about 0.5 kB.
+_TURNS = (
+    ("Doctor", "Good morning, what has brought you here today, and how long has it been going on?"),
+    ("Patient", "I have had a cough for nine days, and since Tuesday a fever of up to 38.7 degrees."),
+    ("Doctor", "Do you bring anything up, and does it hurt when you take a deep breath?"),
+    ("Patient", "Some yellow phlegm in the morning, and a stitch on the right side when I breathe in."),
+    ("Doctor", "Any other conditions, regular medicines or allergies that I should know of?"),
+    ("Patient", "Mild asthma with a salbutamol inhaler, and penicillin gave me a rash as a child."),
+    ("Doctor", "There are crackles at the right base, the oxygen saturation is 96 percent."),
+    ("Doctor", "This is most likely pneumonia. I suggest doxycycline for five days and a chest film."),
+    ("Patient", "Should I stay at home? I work in a kitchen with eleven other people."),
+    ("Doctor", "Yes, until the fever has been gone for a day. Come back at once if breathing gets harder."),
+)
+_CRITERIA = (
+    ("Records the cough of nine days with fever up to 38.7 degrees.", 30),
+    ("Records the asthma and the allergy to penicillin.", 30),
+    ("Records the crackles at the right base and the saturation.", 20),
+    ("Records doxycycline for five days, the chest film and the safety net.", 20),
+)
+NOTE = (
+    "Subjective: " + "; ".join(text for speaker, text in _TURNS if speaker == "Patient") + ".\n"
+    "Discussed: " + "; ".join(text for _, text in _TURNS[6:8]) + ".\nPlan: Review in two weeks or sooner if worse."
+)
+_WORLD = """
+insert into pgharness.models (name, provider, model, base_url, parameters)
+values (%(model)s, %(provider)s, %(model)s, %(base_url)s, %(parameters)s);
+insert into pgharness.cases (name, input) select 'case-' || i, %(input)s from generate_series(1, %(cases)s) as i;
+insert into pgharness.rubrics (case_name, author, validation, criteria)
+select 'case-' || i, 'ann', 'accepted', %(criteria)s from generate_series(1, %(cases)s) as i;
+insert into pgharness.instances (name, note_replications, rubrics_per_case) values ('bench', 1, 1);
+insert into pgharness.instance_cases (instance, case_name)
+select 'bench', 'case-' || i from generate_series(1, %(cases)s) as i;
+insert into pgharness.model_combinations (instance, generator, grader) values ('bench', %(model)s, %(model)s);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process to look at from outside."""
+
+    pid: int
+
+    @property
+    def resident_mib(self) -> float:
+        text = subprocess.run(["ps", "-o", "rss=", "-p", str(self.pid)], capture_output=True, text=True, check=True)
+        return int(text.stdout) / 1024
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU time so far; nan where /proc does not tell."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return float("nan")
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Bed:
+    """One server for the whole benchmark; every sample takes a new database of it."""
+
+    def __init__(self, *, is_quick: bool) -> None:
+        self.is_quick = is_quick
+        self.repeats = 1 if is_quick else 3
+        self._names = itertools.count(1)
+
+    def __enter__(self) -> Bed:
+        with contextlib.ExitStack() as undo:
+            self.root, self.filesystem = _root_on_disk()
+            undo.callback(shutil.rmtree, self.root, ignore_errors=True)
+            self._server = EmbeddedPostgres(self.root, durable=True)
+            undo.callback(self._server.close)
+            self.url = self._server.ensure()
+            with self._administered() as connection:
+                connection.execute(f"create database {_TEMPLATE}".encode())
+            with psycopg.connect(make_conninfo(self.url, dbname=_TEMPLATE), autocommit=True) as connection:
+                schema.upgrade(connection)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    @contextlib.contextmanager
+    def _administered(self) -> Iterator[Connection[Any]]:
+        with psycopg.connect(make_conninfo(self.url, dbname="postgres"), autocommit=True) as connection:
+            yield connection
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a reader must know of the place."""
+        with self._administered() as connection:
+            connection.execute("create table commits (i integer)")
+            commits = [timed(lambda: connection.execute("insert into commits values (1)")) for _ in range(200)]
+            version, fsync = connection.execute(
+                "select current_setting('server_version'), current_setting('fsync')"
+            ).fetchone() or ("", "")
+            connection.execute("drop table commits")
+        return {
+            "postgres": version,
+            "fsync": fsync,
+            "data_on": self.filesystem,
+            "is_in_memory": self.filesystem in _MEMORY_FILESYSTEMS,
+            "commit_ms": round(statistics.median(commits) * 1000, 3),
+            "cores": os.cpu_count(),
+            "load_average": round(os.getloadavg()[0], 2),
+        }
+
+    @contextlib.contextmanager
+    def database(self, *, migrated: bool = True) -> Iterator[str]:
+        """Make a new database and drop it in the end; nothing of an earlier sample is left to be written."""
+        name = f"bench_{next(self._names)}"
+        with self._administered() as connection:
+            connection.execute(f"create database {name} template {_TEMPLATE if migrated else 'template1'}".encode())
+            connection.execute("checkpoint")
+        yield make_conninfo(self.url, dbname=name)
+        with self._administered() as connection:
+            connection.execute(f"drop database {name} with (force)".encode())
+
+    @contextlib.contextmanager
+    def worker(self, url: str, concurrency: int) -> Iterator[Process]:
+        """Run one worker process of the command line, idle when this returns; it is drained in the end."""
+        command = ["-m", "pgharness", "worker", "--workers", "1", "--concurrency", str(concurrency)]
+        with self._program(command, {"PGHARNESS_DATABASE_URL": url}) as program, connected(url) as connection:
+            ready = "select pid from pgharness.workers where status = 'running' and queue_worker_id is not null"
+            process = Process(self._wait_for(program, lambda: scalar(connection, ready)))
+            time.sleep(0.5)  # until it listens
+            yield process
+
+    @contextlib.contextmanager
+    def stub(self, latency: float) -> Iterator[str]:
+        """Run the provider stub in a process of its own; yield its OpenAI-compatible base URL."""
+        command = [str(HERE.parent / "stub_provider.py"), "--latency", str(latency)]
+        with self._program(command) as program:
+            assert program.stdout is not None
+            yield program.stdout.readline().strip()
+
+    @contextlib.contextmanager
+    def baseline(self, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+        """Run one of the programs of baselines.py."""
+        with self._program([str(HERE / "baselines.py"), *map(str, arguments)]) as program:
+            yield program
+
+    def baseline_answer(self, *arguments: object) -> dict[str, Any]:
+        """Run one of the programs of baselines.py to its end; return the JSON that it prints."""
+        with self.baseline(*arguments) as program:
+            output, _ = program.communicate(timeout=PATIENCE_SECONDS)
+            if program.returncode:
+                raise RuntimeError(f"baseline {arguments} failed:\n{self._log()}")
+            answer: dict[str, Any] = json.loads(output.splitlines()[-1])
+            return answer
+
+    @contextlib.contextmanager
+    def _program(
+        self, command: Sequence[str], extra: Mapping[str, str] | None = None
+    ) -> Iterator[subprocess.Popen[str]]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")} | dict(
+            extra or {}
+        )
+        with open(self.root / "programs.log", "a") as log, _popen(command, environment, log) as program:
+            try:
+                yield program
+            finally:
+                program.terminate()
+                try:
+                    program.wait(30)
+                except subprocess.TimeoutExpired:
+                    os.killpg(program.pid, signal.SIGKILL)
+
+    def _wait_for(self, program: subprocess.Popen[str], condition: Any) -> Any:
+        deadline = time.monotonic() + 60
+        while (found := condition()) is None:
+            if program.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the worker did not start:\n{self._log()}")
+            time.sleep(0.05)
+        return found
+
+    def _log(self) -> str:
+        return (self.root / "programs.log").read_text()[-3000:]
+
+
+def _popen(command: Sequence[str], environment: Mapping[str, str], log: IO[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _root_on_disk() -> tuple[Path, str]:
+    """Make a folder for the server on a disk if there is one; return it with the type of its file system."""
+    mounts = _mounts()
+    places = [Path(tempfile.gettempdir()), Path("/var/tmp"), REPOSITORY]
+    usable = [place.resolve() for place in places if os.access(place, os.W_OK)]
+    place = next((p for p in usable if _filesystem(p, mounts) not in _MEMORY_FILESYSTEMS), usable[0])
+    return Path(tempfile.mkdtemp(prefix="pgharness-bench-", dir=place)), _filesystem(place, mounts)
+
+
+# Databases ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def connected(url: str) -> Iterator[Connection[Any]]:
+    """Connect as psql would: every statement commits, none is prepared."""
+    with psycopg.connect(url, autocommit=True, prepare_threshold=None) as connection:
+        yield connection
+
+
+def scalar(connection: Connection[Any], query: str, *parameters: object) -> Any:
+    """Return the first column of the first row, or None."""
+    row = connection.execute(query.encode(), parameters).fetchone()
+    return row[0] if row else None
+
+
+def make_world(
+    connection: Connection[Any], *, latency: float = 0.0, base_url: str | None = None, cases: int = CASE_COUNT
+) -> None:
+    """Define instance `bench`: one note a case by a simulated model (or the stub's), one grade a note by the same."""
+    values = {
+        "model": "stub" if base_url else "simulated",
+        "provider": "openai_compatible" if base_url else "simulator",
+        "base_url": base_url,
+        "parameters": "{}" if base_url else json.dumps({"latency_seconds": latency, "latency_spread": 0}),
+        "cases": cases,
+        "input": json.dumps({"transcript": [{"speaker": speaker, "text": text} for speaker, text in _TURNS]}),
+        "criteria": json.dumps([{"criterion": text, "weight": weight} for text, weight in _CRITERIA]),
+    }
+    with psycopg.ClientCursor(connection) as cursor:  # it sends several statements with their values in one go
+        cursor.execute(_WORLD, values)
+    connection.execute("vacuum analyze")
+
+
+def start_run(connection: Connection[Any], notes: int) -> int:
+    """Start a run of so many notes, rounded up to whole replications of all cases; return its id."""
+    replications = -(-notes // int(scalar(connection, "select count(*) from pgharness.instance_cases")))
+    connection.execute("update pgharness.instances set note_replications = %s", (replications,))
+    return int(scalar(connection, "select run_id from pgharness.start_run('bench')"))
+
+
+def wait_for_end(connection: Connection[Any], run_id: int, *, every: float) -> dict[str, Any]:
+    """Wait until a run has ended and return its row; raise when it is not completed in time."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        with connection.cursor(row_factory=dict_row) as cursor:
+            row = cursor.execute("select * from pgharness.runs where id = %s", (run_id,)).fetchone()
+        assert row is not None
+        if row["status"] == "completed":
+            return row
+        if row["status"] != "running" or time.monotonic() > deadline:
+            raise RuntimeError(f"run {run_id} is {row['status']}, not completed: {row['reason']}")
+        time.sleep(every)
+
+
+def timed(action: Any) -> float:
+    """Return the seconds that an action takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start

@@ -1,0 +1,135 @@
+"""Print what pgharness costs and carries, as ratios to baselines measured in the same run: see docs/performance.md.
+
+make bench                                 everything; less than ten minutes
+make bench ARGS='--quick'                  one sample each; about two minutes
+make bench ARGS='--only items,planning'    some figures
+make bench ARGS='--json bench-1.json'      every sample, as well
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import figures
+from bed import Bed
+from figures import CALL_SECONDS, Line, Windows
+from rich.console import Console
+from rich.table import Table
+
+from pgharness import worker
+
+NAMES = ("items", "calls", "http", "memory", "planning", "views", "start")
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
+stderr = Console(stderr=True, highlight=False)
+
+
+def lines(bed: Bed, wanted: set[str]) -> Iterator[Line]:
+    """Measure the figures wanted, in an order that lets them share what they measured."""
+    with contextlib.ExitStack() as open_things:
+        if "items" in wanted:
+            yield from figures.items(bed)
+        if wanted & {"calls", "memory"}:
+            simulated = Windows(bed)
+            if "calls" in wanted:
+                yield from figures.calls(bed, simulated)
+            if "memory" in wanted:
+                yield from figures.memory(bed, simulated, "simulated")
+        if wanted & {"http", "memory"}:
+            base_url = open_things.enter_context(bed.stub(CALL_SECONDS))
+            real = Windows(bed, base_url)
+            if "http" in wanted:
+                yield from figures.http(bed, real, base_url)
+            if "memory" in wanted:
+                yield from figures.memory(bed, real, "HTTP")
+            open_things.close()
+    others: dict[str, Callable[[Bed], Iterator[Line]]] = {
+        "planning": figures.planning,
+        "views": figures.views,
+        "start": figures.start,
+    }
+    for name, figure in others.items():
+        if name in wanted:
+            yield from figure(bed)
+
+
+def table(measured: list[Line]) -> Table:
+    """Return the lines as people read them."""
+    result = Table(header_style="bold", show_lines=False)
+    result.add_column("figure")
+    result.add_column("what", overflow="fold")
+    result.add_column("measured", justify="right", no_wrap=True)
+    result.add_column("baseline", overflow="fold")
+    result.add_column("ratio", justify="right", no_wrap=True)
+    result.add_column("goal", no_wrap=True)
+    previous = ""
+    for line in measured:
+        if line.figure != previous:
+            result.add_section()
+        goal = f"≥ {line.at_least:g}" if line.at_least else f"≤ {line.at_most:g}" if line.at_most else ""
+        colour = {True: "green", False: "red", None: "default"}[line.is_met]
+        verdict = {True: "met", False: "missed", None: ""}[line.is_met]
+        spread = f"\n[dim]{number(min(line.ratios))} to {number(max(line.ratios))}[/]" if len(line.ratios) > 1 else ""
+        result.add_row(
+            line.figure if line.figure != previous else "",
+            line.subject + (f"\n[dim]{line.remark}[/]" if line.remark else ""),
+            f"{number(statistics.median(line.samples))} {line.unit}",
+            f"{number(statistics.median(line.baseline_samples))} {line.unit}: {line.baseline}",
+            f"[{colour}]{number(line.ratio)}[/]{spread}",
+            f"{goal}\n[{colour}]{verdict}[/]" if goal else "",
+        )
+        previous = line.figure
+    return result
+
+
+def number(value: float) -> str:
+    """Return a number with three significant digits, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def report(measured: list[Line], facts: dict[str, Any]) -> dict[str, Any]:
+    """Return everything that was measured, every sample of it."""
+    rows = [asdict(line) | {"ratio": line.ratio, "ratios": line.ratios, "is_met": line.is_met} for line in measured]
+    return {"facts": facts, "environment": worker.environment(), "lines": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one sample each, smaller runs")
+    parser.add_argument("--only", metavar="NAME", help=f"figures to measure, by comma, of: {', '.join(NAMES)}")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write every sample to a file")
+    options = parser.parse_args()
+    wanted = set(options.only.split(",") if options.only else NAMES)
+    if unknown := wanted - set(NAMES):
+        parser.error(f"--only: {', '.join(sorted(unknown))} is not one of {', '.join(NAMES)}")
+    begun = time.monotonic()
+    measured: list[Line] = []
+    with Bed(is_quick=options.quick) as bed:
+        facts = bed.facts() | {"is_quick": options.quick, "repeats": bed.repeats}
+        place = "in memory, so commits cost less than on a disk" if facts["is_in_memory"] else "on disk"
+        heading = (
+            f"Postgres {facts['postgres']}, fsync {facts['fsync']}, data {place} ({facts['data_on']}): a commit takes "
+            f"{facts['commit_ms']} ms. {facts['cores']} cores for everything, load average {facts['load_average']} "
+            f"before. Median of {bed.repeats}{' (quick: one sample says little)' if options.quick else ''}."
+        )
+        stdout.print(heading)
+        for line in lines(bed, wanted):
+            measured.append(line)
+            stderr.print(f"{time.monotonic() - begun:4.0f} s  {line.figure}: {line.subject}", markup=False)
+    facts["seconds"] = round(time.monotonic() - begun, 1)
+    stdout.print(table(measured))
+    if options.json:
+        options.json.write_text(json.dumps(report(measured, facts), indent=1, default=str) + "\n")
+        stdout.print(f"every sample is in {options.json}", markup=False)
+
+
+if __name__ == "__main__":
+    main()
