@@ -22,7 +22,8 @@ demo: $(STAMP)  ## run a small experiment on simulated models and show its resul
 	@$(BIN)/pgharness demo
 
 test: $(STAMP)  ## run the tests (a private Postgres is started for them)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --ignore=tests/crash
+	@$(BIN)/python -m pytest tests/crash
 
 check: $(STAMP)  ## formatting, lint, types, SQL lint
 	@$(BIN)/ruff format --check .

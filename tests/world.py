@@ -256,7 +256,14 @@ def words(error: psycopg.Error) -> str:
 # -- defining and starting
 
 
-def add_cases(db: Database, count: int, *, prefix: str = "case", authors: Sequence[str] = ("ann", "bob"), weights: Sequence[float] = (10, 5)) -> None:
+def add_cases(
+    db: Database,
+    count: int,
+    *,
+    prefix: str = "case",
+    authors: Sequence[str] = ("ann", "bob"),
+    weights: Sequence[float] = (10, 5),
+) -> None:
     """Insert cases `prefix-1..count` with a target and one accepted rubric per author."""
     db.execute(
         "insert into pgharness.cases (name, input, target) select format('%%s-%%s', %s::text, i), to_jsonb('input ' || i), to_jsonb(i::text)"
@@ -312,7 +319,8 @@ def register(db: Database, host: str = "host", pid: int = 1) -> int:
     """Register a worker process, with the queue too; return its id."""
     worker = int(value(db, "select pgharness.register_worker(%s, %s, '0.1.0', '{note,grade}', 10)", host, pid))
     db.execute(
-        "select pgharness.attach_queue_worker(%s, (select worker_id from procrastinate.procrastinate_register_worker_v1()))", (worker,)
+        "select pgharness.attach_queue_worker(%s, (select worker_id from procrastinate.procrastinate_register_worker_v1()))",
+        (worker,),
     )
     return worker
 
@@ -388,7 +396,15 @@ def grade(run: int, ordinal: int, *satisfactions: float, **fields: object) -> Ro
 
 def failure(run: int, kind: str, ordinal: int, **fields: object) -> Row:
     """Return the outcome of a try that failed: by default one that spends an attempt and may be tried again."""
-    known = {"run_id": run, "kind": kind, "ordinal": ordinal, "attempt": 1, "result": "failed", "cause": "server_error", "error": "status 500"}
+    known = {
+        "run_id": run,
+        "kind": kind,
+        "ordinal": ordinal,
+        "attempt": 1,
+        "result": "failed",
+        "cause": "server_error",
+        "error": "status 500",
+    }
     return known | {"is_retryable": True, "spends_attempt": True, "calls": [call(0, outcome="server_error")]} | fields
 
 

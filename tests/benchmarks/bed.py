@@ -164,12 +164,12 @@ class Bed:
             yield process
 
     @contextlib.contextmanager
-    def stub(self, latency: float) -> Iterator[str]:
-        """Run the provider stub in a process of its own; yield its OpenAI-compatible base URL."""
+    def stub(self, latency: float) -> Iterator[tuple[str, Process]]:
+        """Run the provider stub in a process of its own; yield its OpenAI-compatible base URL, and the process."""
         command = [str(HERE.parent / "stub_provider.py"), "--latency", str(latency)]
         with self._program(command) as program:
             assert program.stdout is not None
-            yield program.stdout.readline().strip()
+            yield program.stdout.readline().strip(), Process(program.pid)
 
     @contextlib.contextmanager
     def baseline(self, *arguments: object) -> Iterator[subprocess.Popen[str]]:

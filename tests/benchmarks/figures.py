@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
-from bed import NOTE, PATIENCE_SECONDS, Bed, connected, make_world, scalar, start_run, timed, wait_for_end
+from bed import NOTE, PATIENCE_SECONDS, Bed, Process, connected, make_world, scalar, start_run, timed, wait_for_end
 from procrastinate import App, SyncPsycopgConnector
 from psycopg import Connection
 from psycopg.types.json import Jsonb
@@ -100,6 +100,7 @@ class Steady:
     calls_per_second: float
     unwritten: int
     cores: float
+    stub_cores: float
     idle_mib: float
     busy_mib: float
 
@@ -107,26 +108,28 @@ class Steady:
 class Windows:
     """Looks at worker processes through a window of time; kept for the figures that share them."""
 
-    def __init__(self, bed: Bed, base_url: str | None = None) -> None:
+    def __init__(self, bed: Bed, base_url: str | None = None, stub: Process | None = None) -> None:
         self._bed = bed
-        self._base_url = base_url
-        self.ramp, self.window = (2.0, 3.0) if bed.is_quick else (3.0, 4.0)
+        self._stub = stub
+        self.base_url = base_url
+        self.ramp, self.window, self._tail = (1.5, 2.5, 1.5) if bed.is_quick else (3.0, 4.0, 2.0)
         self.seen: dict[int, list[Steady]] = {}
 
     def look(self, concurrency: int) -> Steady:
         """Run one worker at this concurrency and keep what was seen."""
-        seconds = self.ramp + self.window + 2.0  # calls of the window's end must be over and recorded
+        seconds = self.ramp + self.window + self._tail  # calls of the window's end must be over and recorded
         with self._bed.database() as url, connected(url) as connection:
-            make_world(connection, latency=CALL_SECONDS, base_url=self._base_url)
+            make_world(connection, latency=CALL_SECONDS, base_url=self.base_url)
             with self._bed.worker(url, concurrency) as worker:
                 idle = worker.resident_mib
                 run_id = start_run(connection, math.ceil(concurrency * (seconds + 2.0) / CALL_SECONDS / 2))
                 time.sleep(self.ramp)
-                cpu = worker.cpu_seconds
+                cpu, stub_cpu = worker.cpu_seconds, self._stub_seconds()
                 time.sleep(self.window)
                 cores = (worker.cpu_seconds - cpu) / self.window
+                stub_cores = (self._stub_seconds() - stub_cpu) / self.window
                 busy = worker.resident_mib
-                time.sleep(2.0)
+                time.sleep(self._tail)
                 connection.execute("select from pgharness.cancel_run(%s)", (run_id,))
             spans = connection.execute(
                 "select at, at + latency_ms / 1000 from pgharness.calls, "
@@ -142,9 +145,12 @@ class Windows:
             )
         ended = sum(end <= start + self.window for _, end in spans)
         rate = calls_within(spans, start, self.window)
-        steady = Steady(rate, ended - written, cores, idle, busy)
+        steady = Steady(rate, ended - written, cores, stub_cores, idle, busy)
         self.seen.setdefault(concurrency, []).append(steady)
         return steady
+
+    def _stub_seconds(self) -> float:
+        return self._stub.cpu_seconds if self._stub else 0.0
 
 
 def calls_within(spans: Sequence[tuple[float, float]], start: float, window: float) -> float:
@@ -175,14 +181,14 @@ def calls(bed: Bed, windows: Windows) -> Iterator[Line]:
         )
 
 
-def http(bed: Bed, windows: Windows, base_url: str) -> Iterator[Line]:
+def http(bed: Bed, windows: Windows) -> Iterator[Line]:
     """Compare calls over real HTTP with a bare loop of the same client against the same stub."""
     for level in LEVELS:
         seen, bare, bare_mib = [], [], []
         for _ in range(bed.repeats):
             seen.append(windows.look(level))
             limits = ("--concurrency", level, "--ramp", windows.ramp / 2, "--window", windows.window)
-            answer = bed.baseline_answer("loop", base_url, *limits)
+            answer = bed.baseline_answer("loop", windows.base_url, *limits)
             start = min(begin for begin, _ in answer["spans"]) + windows.ramp / 2
             bare.append(calls_within(answer["spans"], start, windows.window))
             bare_mib.append(answer["resident_mib"])
@@ -202,9 +208,11 @@ def http(bed: Bed, windows: Windows, base_url: str) -> Iterator[Line]:
 
 
 def _at_work(seen: Sequence[Steady]) -> str:
-    cores = statistics.median(steady.cores for steady in seen)
+    cores = f"the worker used {statistics.median(steady.cores for steady in seen):.2f} cores"
+    if stub := statistics.median(steady.stub_cores for steady in seen):
+        cores += f", the stub {stub:.2f}"
     unwritten = round(statistics.median(steady.unwritten for steady in seen))
-    return f"the worker used {cores:.2f} cores, {unwritten:,} outcomes not yet durable at the window's end"
+    return f"{cores}; {unwritten:,} outcomes not yet durable at the window's end"
 
 
 def memory(bed: Bed, windows: Windows, kind: str) -> Iterator[Line]:
@@ -233,7 +241,7 @@ def planning(bed: Bed) -> Iterator[Line]:
     ours, theirs = [], []
     with bed.database() as url, connected(url) as connection:
         make_world(connection, cases=1_000)
-        for _ in range(max(3, bed.repeats)):
+        for _ in range(bed.repeats):
             start = time.perf_counter()
             run_id = start_run(connection, _PLANNED_NOTES)
             ours.append((time.perf_counter() - start) * 1000)
@@ -274,13 +282,12 @@ def views(bed: Bed) -> Iterator[Line]:
             pairs = [(_read(connection, "select 1")[0], _read(connection, progress)[0]) for _ in range(looks)]
             trips.append(statistics.median(trip for trip, _ in pairs))
             glances.append(statistics.median(glance for _, glance in pairs))
-        trip = "a round trip: select 1"
         yield Line(
             "views",
             f"run_progress at {_PLANNED_NOTES:,} notes, p50 of {looks} looks",
             "ms",
             glances,
-            trip,
+            "select 1",
             trips,
             at_most=20,
             remark=f"{filled:,.0f} outcomes/s through record_outcomes alone, one connection",
@@ -291,11 +298,11 @@ def views(bed: Bed) -> Iterator[Line]:
                 continue
             samples: list[float] = []
             count = 0
-            while len(samples) < max(3, bed.repeats) and sum(samples) < 5_000:
+            while len(samples) < bed.repeats and sum(samples) < 5_000:
                 milliseconds, count = _read(connection, query)
                 samples.append(milliseconds)
             trips = [statistics.median(_read(connection, "select 1")[0] for _ in range(20)) for _ in samples]
-            yield Line("views", f"{view}: {count:,} row{'s' * (count != 1)}", "ms", samples, trip, trips)
+            yield Line("views", f"{view}: {count:,} row{'s' * (count != 1)}", "ms", samples, "select 1", trips)
 
 
 def _fill(connection: Connection[Any], run_id: int, *, batch: int = 500) -> float:
@@ -407,6 +414,3 @@ def _job_latency(url: str, program: Any, trials: int) -> float:
             job.defer()
             latencies.append((float(program.stdout.readline()) - begun) * 1000)
     return statistics.median(latencies)
-
-
-Figure = Callable[[Bed], Iterator[Line]]

@@ -9,8 +9,8 @@ make bench ARGS='--json bench-1.json'      every sample, as well
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
+import signal
 import statistics
 import sys
 import time
@@ -34,23 +34,19 @@ stderr = Console(stderr=True, highlight=False)
 
 def lines(bed: Bed, wanted: set[str]) -> Iterator[Line]:
     """Measure the figures wanted, in an order that lets them share what they measured."""
-    with contextlib.ExitStack() as open_things:
-        if "items" in wanted:
-            yield from figures.items(bed)
-        if wanted & {"calls", "memory"}:
-            simulated = Windows(bed)
-            if "calls" in wanted:
-                yield from figures.calls(bed, simulated)
+    if "items" in wanted:
+        yield from figures.items(bed)
+    simulated = Windows(bed)
+    if "calls" in wanted:
+        yield from figures.calls(bed, simulated)
+    if wanted & {"http", "memory"}:
+        with bed.stub(CALL_SECONDS) as stub:
+            real = Windows(bed, *stub)
+            if "http" in wanted:
+                yield from figures.http(bed, real)
             if "memory" in wanted:
                 yield from figures.memory(bed, simulated, "simulated")
-        if wanted & {"http", "memory"}:
-            base_url = open_things.enter_context(bed.stub(CALL_SECONDS))
-            real = Windows(bed, base_url)
-            if "http" in wanted:
-                yield from figures.http(bed, real, base_url)
-            if "memory" in wanted:
                 yield from figures.memory(bed, real, "HTTP")
-            open_things.close()
     others: dict[str, Callable[[Bed], Iterator[Line]]] = {
         "planning": figures.planning,
         "views": figures.views,
@@ -77,13 +73,13 @@ def table(measured: list[Line]) -> Table:
         goal = f"≥ {line.at_least:g}" if line.at_least else f"≤ {line.at_most:g}" if line.at_most else ""
         colour = {True: "green", False: "red", None: "default"}[line.is_met]
         verdict = {True: "met", False: "missed", None: ""}[line.is_met]
-        spread = f"\n[dim]{number(min(line.ratios))} to {number(max(line.ratios))}[/]" if len(line.ratios) > 1 else ""
+        spread = f"\n[dim]{number(min(line.ratios))} to {number(max(line.ratios))}[/]"
         result.add_row(
             line.figure if line.figure != previous else "",
             line.subject + (f"\n[dim]{line.remark}[/]" if line.remark else ""),
             f"{number(statistics.median(line.samples))} {line.unit}",
             f"{number(statistics.median(line.baseline_samples))} {line.unit}: {line.baseline}",
-            f"[{colour}]{number(line.ratio)}[/]{spread}",
+            f"[{colour}]{number(line.ratio)}[/]{spread if goal and len(line.ratios) > 1 else ''}",
             f"{goal}\n[{colour}]{verdict}[/]" if goal else "",
         )
         previous = line.figure
@@ -110,6 +106,7 @@ def main() -> None:
     wanted = set(options.only.split(",") if options.only else NAMES)
     if unknown := wanted - set(NAMES):
         parser.error(f"--only: {', '.join(sorted(unknown))} is not one of {', '.join(NAMES)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything started is stopped
     begun = time.monotonic()
     measured: list[Line] = []
     with Bed(is_quick=options.quick) as bed:
@@ -121,11 +118,13 @@ def main() -> None:
             f"before. Median of {bed.repeats}{' (quick: one sample says little)' if options.quick else ''}."
         )
         stdout.print(heading)
-        for line in lines(bed, wanted):
-            measured.append(line)
-            stderr.print(f"{time.monotonic() - begun:4.0f} s  {line.figure}: {line.subject}", markup=False)
+        try:
+            for line in lines(bed, wanted):
+                measured.append(line)
+                stderr.print(f"{time.monotonic() - begun:4.0f} s  {line.figure}: {line.subject}", markup=False)
+        finally:  # what was measured is shown, whatever became of the rest
+            stdout.print(table(measured))
     facts["seconds"] = round(time.monotonic() - begun, 1)
-    stdout.print(table(measured))
     if options.json:
         options.json.write_text(json.dumps(report(measured, facts), indent=1, default=str) + "\n")
         stdout.print(f"every sample is in {options.json}", markup=False)

@@ -23,6 +23,7 @@ import psycopg
 import pytest
 from aiohttp import web
 from psycopg import Connection
+
 from stub_provider import Recorded, Scene, StubProvider
 from world import orphans
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import textwrap
@@ -100,8 +101,8 @@ def _define(db: world.Database, repository: Path) -> None:
     instances: dict[str, dict[str, object]] = {
         "metrics": {"grade_replications": 3},
         "target": {"rubrics_per_case": 0, "grade_replications": 2},
-        "careless": {"retry_delay_seconds": 0},
-        "never": {"retry_delay_seconds": 0, "max_attempts": 2, "failure_threshold": 1},
+        "careless": {"retry_delay_seconds": 0.5},
+        "never": {"retry_delay_seconds": 0.5, "max_attempts": 2, "failure_threshold": 1},
         "broken": {"max_attempts": 1, "failure_threshold": 1},
         "pinned": {
             "software_version": _git(repository, "rev-parse", "--short", "HEAD~1"),
@@ -132,7 +133,8 @@ def refused(
     with world.cloned(server_url, template) as url, psycopg.connect(url, autocommit=True) as db:
         _define(db, repository)
         world.start(db, "pinned")
-        line = CommandLine(url, environment={"PYTHONPATH": str(folder), "PGHARNESS_CACHE": str(folder / "cache")})
+        path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+        line = CommandLine(url, environment={"PYTHONPATH": path, "PGHARNESS_CACHE": str(folder / "cache")})
         line.work()
         yield db, line
     for path in [folder, *folder.rglob("*")]:

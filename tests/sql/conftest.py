@@ -1,4 +1,4 @@
-"""One database a module for tests that roll back: cloning one a test would cost more than the tests."""
+"""One database and one connection a module for tests that roll back: making them anew would cost more than the tests."""
 
 from __future__ import annotations
 
@@ -19,9 +19,16 @@ def shared_url(server_url: str, template: str) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture
-def tx(shared_url: str) -> Iterator[Connection[Any]]:
-    """A connection in a transaction that is rolled back."""
+@pytest.fixture(scope="module")
+def shared_connection(shared_url: str) -> Iterator[Connection[Any]]:
+    """A connection to it, whose functions are compiled and whose catalog is cached."""
     with psycopg.connect(shared_url) as connection:
         yield connection
         connection.rollback()
+
+
+@pytest.fixture
+def tx(shared_connection: Connection[Any]) -> Iterator[Connection[Any]]:
+    """A connection in a transaction that is rolled back."""
+    yield shared_connection
+    shared_connection.rollback()

@@ -150,13 +150,20 @@ def filled(shared_url: str) -> Iterator[Database]:
         add_instance(db, "lacking")
         db.execute("delete from pgharness.rubrics where case_name = 'lacking-1' and author = 'bob'")
         add_instance(db, "untargeted", combinations=[("simulator", "exact_match")])
-        db.execute("update pgharness.cases set target = null where name like 'untargeted-%'; delete from pgharness.rubrics where case_name like 'untargeted-%'")
+        db.execute(
+            "update pgharness.cases set target = null where name like 'untargeted-%'; delete from pgharness.rubrics where case_name like 'untargeted-%'"
+        )
         db.execute(
             """insert into pgharness.experiments (name, config_schema)
                values ('limited', '{"type": "object", "additionalProperties": false, "properties": {"depth": {"type": "integer", "maximum": 5}}}')"""
         )
         states = db.execute("select name, status from pgharness.runs order by id").fetchall()
-        assert states == [("trial/1", "running"), ("trial/2", "cancelled"), ("trial/3", "completed"), ("trial/4", "paused")]
+        assert states == [
+            ("trial/1", "running"),
+            ("trial/2", "cancelled"),
+            ("trial/3", "completed"),
+            ("trial/4", "paused"),
+        ]
         assert orphans(db) == []
         yield db
 
@@ -174,8 +181,12 @@ def test_there_are_at_least_forty_of_them() -> None:
     assert len({statement for statement, *_ in WRONG}) >= 40
 
 
-@pytest.mark.parametrize(("statement", "sqlstate", "message", "advice"), WRONG, ids=[statement[:100] for statement, *_ in WRONG])
-def test_wrong_input_is_answered_with_what_is_wrong_and_what_to_type(filled: Database, statement: str, sqlstate: str, message: str, advice: str) -> None:
+@pytest.mark.parametrize(
+    ("statement", "sqlstate", "message", "advice"), WRONG, ids=[statement[:100] for statement, *_ in WRONG]
+)
+def test_wrong_input_is_answered_with_what_is_wrong_and_what_to_type(
+    filled: Database, statement: str, sqlstate: str, message: str, advice: str
+) -> None:
     error = rejection(filled, statement)
     primary = error.diag.message_primary or ""
     assert error.sqlstate == sqlstate, primary
@@ -185,7 +196,9 @@ def test_wrong_input_is_answered_with_what_is_wrong_and_what_to_type(filled: Dat
     assert advice in f"{error.diag.message_detail} {error.diag.message_hint}"
 
 
-@pytest.mark.parametrize(("statement", "sqlstate", "names"), CONSTRAINED, ids=[statement[:100] for statement, *_ in CONSTRAINED])
+@pytest.mark.parametrize(
+    ("statement", "sqlstate", "names"), CONSTRAINED, ids=[statement[:100] for statement, *_ in CONSTRAINED]
+)
 def test_a_value_outside_of_its_limits_is_refused_by_a_constraint_with_a_telling_name(
     filled: Database, statement: str, sqlstate: str, names: str
 ) -> None:

@@ -33,8 +33,8 @@ from world import (
     succeeded,
     take,
     value,
-    work_off,
     words,
+    work_off,
 )
 
 Database = Connection[Any]
@@ -110,8 +110,8 @@ def refusal(future: Future[Any], sqlstate: str) -> str:
     return words(error)
 
 
-def small(db: Database, **columns: object) -> tuple[int, int]:
-    add_instance(db, cases=2, **{"rubrics_per_case": 1, "failure_threshold": 1} | columns)
+def small(db: Database, **columns: Any) -> tuple[int, int]:
+    add_instance(db, cases=2, **{"rubrics_per_case": 1, "failure_threshold": 1, **columns})
     return start(db), register(db)
 
 
@@ -203,7 +203,9 @@ def test_of_two_recorders_of_one_item_the_first_counts(scene: Scene, ending: str
     scene.bob.commit()
     row = run_of(scene.watcher, run)
     assert (row["notes_succeeded"], row["grades_succeeded"], row["status"]) == (2, 2, "completed")
-    assert value(scene.watcher, "select output from pgharness.notes where ordinal = 1") == ("ann's" if ending == "commits" else "bob's")
+    assert value(scene.watcher, "select output from pgharness.notes where ordinal = 1") == (
+        "ann's" if ending == "commits" else "bob's"
+    )
     assert jobs(scene.watcher) == []
     assert scene.is_consistent()
 
@@ -237,7 +239,9 @@ def test_a_retry_that_comes_after_a_failure_takes_it_along(scene: Scene) -> None
 def test_a_crash_is_not_charged_to_an_item_that_is_being_recorded(scene: Scene) -> None:
     run, worker = small(scene.watcher)
     scene.ann.does(recording(worker, note(run, 0)))
-    charge = scene.blocked(scene.bob.try_to(scene.bob.ask("select pgharness.charge_crash(%s, 'note', 0)", run)), scene.bob)
+    charge = scene.blocked(
+        scene.bob.try_to(scene.bob.ask("select pgharness.charge_crash(%s, 'note', 0)", run)), scene.bob
+    )
     scene.ann.commit()
     assert charge.result(10) == [(0,)]
     scene.bob.commit()
@@ -252,7 +256,7 @@ def test_a_crash_is_not_charged_to_an_item_that_is_being_recorded(scene: Scene) 
     "edit",
     [
         "update pgharness.cases set input = '\"edited\"'",
-        "update pgharness.rubrics set criteria = '[{\"criterion\": \"edited\", \"weight\": 1}]'",
+        'update pgharness.rubrics set criteria = \'[{"criterion": "edited", "weight": 1}]\'',
         "update pgharness.rubrics set validation = 'refused' where author = 'bob'",
         "update pgharness.instances set note_replications = 3",
     ],
@@ -280,7 +284,14 @@ def test_a_start_waits_for_an_edit_and_freezes_its_result(scene: Scene, edit: st
 
 
 @pytest.mark.parametrize("ending", ["commits", "rolls back"])
-@pytest.mark.parametrize("edit", ["update pgharness.cases set target = '0'", "update pgharness.rubrics set author = author || '2'", "delete from pgharness.rubrics"])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "update pgharness.cases set target = '0'",
+        "update pgharness.rubrics set author = author || '2'",
+        "delete from pgharness.rubrics",
+    ],
+)
 def test_an_edit_waits_for_a_start_and_is_refused_by_it(scene: Scene, edit: str, ending: str) -> None:
     add_instance(scene.watcher, cases=1)
     scene.ann.does(start)
@@ -303,7 +314,10 @@ def test_two_starts_of_one_instance_take_two_numbers(scene: Scene) -> None:
     scene.ann.commit()
     second.result(10)
     scene.bob.commit()
-    assert [row["name"] for row in rows(scene.watcher, "select name from pgharness.runs order by id")] == ["trial/1", "trial/2"]
+    assert [row["name"] for row in rows(scene.watcher, "select name from pgharness.runs order by id")] == [
+        "trial/1",
+        "trial/2",
+    ]
     assert scene.is_consistent()
 
 
@@ -422,7 +436,9 @@ def test_a_storm_of_workers_and_controllers_leaves_no_deadlock_and_no_orphan(url
                     luck.shuffle(outcomes)
                     for outcome in outcomes[: luck.randrange(len(outcomes) + 1)]:
                         if luck.random() < 0.3:
-                            outcome |= luck.choice([failure, lost])(outcome["run_id"], outcome["kind"], outcome["ordinal"])
+                            outcome |= luck.choice([failure, lost])(
+                                outcome["run_id"], outcome["kind"], outcome["ordinal"]
+                            )
                     others = [note(luck.choice(runs), luck.randrange(24), calls=[]) for _ in range(luck.randrange(3))]
                     record(mine, worker, *outcomes, *others)
                     if luck.random() < 0.2:  # it dies, and another takes its place
@@ -448,7 +464,10 @@ def test_a_storm_of_workers_and_controllers_leaves_no_deadlock_and_no_orphan(url
                         assert error.sqlstate == "PH003", error
 
         with ThreadPoolExecutor(5) as pool:
-            for done in [*(pool.submit(work, seed) for seed in (1, 2, 3)), *(pool.submit(interfere, seed) for seed in (4, 5))]:
+            for done in [
+                *(pool.submit(work, seed) for seed in (1, 2, 3)),
+                *(pool.submit(interfere, seed) for seed in (4, 5)),
+            ]:
                 done.result(60)
         db.execute("update pgharness.workers set status = 'lost'")
         sweep(db)
@@ -458,7 +477,9 @@ def test_a_storm_of_workers_and_controllers_leaves_no_deadlock_and_no_orphan(url
             if run_of(db, run)["status"] in ("paused", "cancelled"):
                 control("resume_run", run)(db)
             control("retry_failed", run)(db)
-        db.execute("update procrastinate.procrastinate_jobs set scheduled_at = null; update pgharness.failures set next_attempt_at = now()")
+        db.execute(
+            "update procrastinate.procrastinate_jobs set scheduled_at = null; update pgharness.failures set next_attempt_at = now()"
+        )
         work_off(db, worker)
         assert [run_of(db, run)["status"] for run in runs] == ["completed"] * 3
         assert orphans(db) == []

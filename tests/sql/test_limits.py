@@ -28,16 +28,26 @@ def set_clock(db: Database, seconds: float) -> None:
 
 def add_model(db: Database, **limits: int | None) -> int:
     names, marks = ", ".join(["name", "provider", *limits]), ", ".join(["%s"] * (len(limits) + 2))
-    return int(value(db, f"insert into pgharness.models ({names}) values ({marks}) returning id", "limited", "simulator", *limits.values()))
+    return int(
+        value(
+            db,
+            f"insert into pgharness.models ({names}) values ({marks}) returning id",
+            "limited",
+            "simulator",
+            *limits.values(),
+        )
+    )
 
 
 def lease(db: Database, worker: int, model: int, in_use: int = 0, wanted: int = 0) -> int:
     return int(value(db, "select granted from pgharness.lease_model(%s, %s, %s, %s)", worker, model, in_use, wanted))
 
 
-def ask(db: Database, model: int, requests: int, tokens: int = 0) -> tuple[int, float]:
+def ask(db: Database, model: int, requests: int, tokens: int = 0) -> Any:
     """Take requests; returns how many were granted and the seconds to wait."""
-    row = db.execute("select granted, wait_seconds from pgharness.take_requests(%s, %s, %s)", (model, requests, tokens)).fetchone()
+    row = db.execute(
+        "select granted, wait_seconds from pgharness.take_requests(%s, %s, %s)", (model, requests, tokens)
+    ).fetchone()
     assert row is not None
     return row
 
@@ -107,7 +117,10 @@ def test_what_dead_workers_held_is_free_again(tx: Database) -> None:
 
 def test_workers_that_ask_at_the_same_time_do_not_hold_more_together(url: str) -> None:
     with psycopg.connect(url, autocommit=True) as db:
-        model, workers = add_model(db, max_concurrency=5, requests_per_minute=60), [register(db, pid=pid) for pid in range(4)]
+        model, workers = (
+            add_model(db, max_concurrency=5, requests_per_minute=60),
+            [register(db, pid=pid) for pid in range(4)],
+        )
         barrier = threading.Barrier(4)
         since = time.monotonic()
 
@@ -191,7 +204,9 @@ def test_a_limit_that_is_set_later_starts_full_whatever_was_used_before(tx: Data
     assert ask(tx, model, 500, 500) == (500, 0)
     tx.execute("update pgharness.models set requests_per_minute = 60 where id = %s", (model,))
     assert ask(tx, model, 5, 5) == (2, 0)
-    tx.execute("update pgharness.models set requests_per_minute = null, tokens_per_minute = null where id = %s", (model,))
+    tx.execute(
+        "update pgharness.models set requests_per_minute = null, tokens_per_minute = null where id = %s", (model,)
+    )
     assert ask(tx, model, 10_000, 10**9) == (10_000, 0)
     assert ask(tx, model, 10_000, 1) == (10_000, 0)
     tx.execute("update pgharness.models set tokens_per_minute = 60 where id = %s", (model,))
@@ -210,7 +225,10 @@ def test_no_more_is_granted_than_the_rate_brings(tx: Database, data: st.DataObje
         largest = 0.0
         for _ in range(data.draw(st.integers(1, 20), label="steps")):
             clock += data.draw(st.floats(0, 20), label="seconds")
-            wanted, each = data.draw(st.integers(1, 30), label="requests"), data.draw(st.integers(1, 500), label="tokens")
+            wanted, each = (
+                data.draw(st.integers(1, 30), label="requests"),
+                data.draw(st.integers(1, 500), label="tokens"),
+            )
             set_clock(tx, clock)
             granted, wait = ask(tx, model, wanted, wanted * each)
             assert 0 <= granted <= wanted and (wait == 0) == (granted > 0)
@@ -245,7 +263,11 @@ def test_a_model_is_blocked_for_everybody_until_the_longest_wait_is_over(tx: Dat
 
 def test_limits_of_a_model_that_does_not_exist_are_refused(tx: Database) -> None:
     worker = register(tx)
-    for call in (f"lease_model({worker}, 987654321, 0, 1)", "take_requests(987654321, 1, 1)", "block_model(987654321, 1)"):
+    for call in (
+        f"lease_model({worker}, 987654321, 0, 1)",
+        "take_requests(987654321, 1, 1)",
+        "block_model(987654321, 1)",
+    ):
         with refused(tx, "23503", "987654321"):
             tx.execute(f"select * from pgharness.{call}".encode())
     with refused(tx, "23503", "987654321"):

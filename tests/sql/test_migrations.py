@@ -108,7 +108,10 @@ def test_an_upgrade_applies_what_is_new_and_keeps_what_people_have(
     assert schema.upgrade(empty) == ["9000_later.sql"]
     schema.verify(empty)
     after = contents(empty)
-    assert {table for table in after if before.get(table) != after[table]} == {"pgharness.later", "pgharness.schema_migrations"}
+    assert {table for table in after if before.get(table) != after[table]} == {
+        "pgharness.later",
+        "pgharness.schema_migrations",
+    }
     work_off(empty, register(empty))
     assert run_of(empty, run)["status"] == "completed"
     assert orphans(empty) == []
@@ -136,7 +139,11 @@ def test_installers_in_several_databases_of_one_server_may_make_the_roles_at_onc
 ) -> None:
     prefix = f"pgharness_test_{uuid.uuid4().hex[:8]}"
     # each of two thinks that it is the first: the roles of the other are not committed yet
-    grants = schema.repeatables()[-1].text.replace("pgharness_", f"{prefix}_").replace(f"schema {prefix}_", "schema pgharness_")
+    grants = (
+        schema.repeatables()[-1]
+        .text.replace("pgharness_", f"{prefix}_")
+        .replace(f"schema {prefix}_", "schema pgharness_")
+    )
     creating = grants[grants.index("do $$") : grants.index("    grant usage")] + "end;\n$$;"
     with psycopg.connect(server_url) as first, psycopg.connect(server_url) as second, connect(server_url) as watcher:
         if not value(watcher, "select rolsuper or rolcreaterole from pg_roles where rolname = current_user"):
@@ -212,11 +219,14 @@ def test_a_failing_script_leaves_nothing_behind(empty: Database, monkeypatch: py
 
 def apply(url: str, script: str, folder: Path) -> None:
     """Apply plain SQL in one transaction: with psql where there is one, else as psql would send it."""
-    if (psql := shutil.which("psql")):
+    if psql := shutil.which("psql"):
         file = folder / "bundle.sql"
         file.write_text(script)
         done = subprocess.run(
-            [psql, "-X", "-q", "-1", "-v", "ON_ERROR_STOP=1", "-f", str(file), url], capture_output=True, text=True, check=False
+            [psql, "-X", "-q", "-1", "-v", "ON_ERROR_STOP=1", "-f", str(file), url],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return
@@ -224,7 +234,9 @@ def apply(url: str, script: str, folder: Path) -> None:
         db.execute(script.encode())
 
 
-def test_the_bundle_makes_what_an_upgrade_makes_and_may_be_applied_again(empty_url: str, installed: Database, tmp_path: Path) -> None:
+def test_the_bundle_makes_what_an_upgrade_makes_and_may_be_applied_again(
+    empty_url: str, installed: Database, tmp_path: Path
+) -> None:
     script = schema.bundle()
     apply(empty_url, script, tmp_path)
     with connect(empty_url) as db:
@@ -273,7 +285,9 @@ def owned(server_url: str, owner: str) -> Iterator[tuple[Database, list[str]]]:
             admin.execute(f"drop database {name} with (force)".encode())
 
 
-def test_an_owner_who_may_not_create_roles_uses_those_that_exist(owned: tuple[Database, list[str]], template: str) -> None:
+def test_an_owner_who_may_not_create_roles_uses_those_that_exist(
+    owned: tuple[Database, list[str]], template: str
+) -> None:
     db, heard = owned
     schema.upgrade(db)
     schema.verify(db)
@@ -296,7 +310,11 @@ def test_without_the_roles_and_the_right_to_create_them_the_owner_alone_uses_it(
         unheard = unheard.replace(f"pgharness_{role}", f"pgharness_test_no_{role}")
     monkeypatch.setattr(schema, "repeatables", lambda: [*others, Script(grants.name, unheard)])
     assert schema.upgrade(db) == [script.name for script in schema.migrations()]
-    assert len(heard) == 1 and "roles were not set up" in heard[0] and "only the owner of schema pgharness can use it" in heard[0]
+    assert (
+        len(heard) == 1
+        and "roles were not set up" in heard[0]
+        and "only the owner of schema pgharness can use it" in heard[0]
+    )
     assert not value(db, "select has_schema_privilege('pgharness_reader', 'pgharness', 'usage')")
     add_instance(db)
     run = start(db)

@@ -18,11 +18,35 @@ from world import add_cases, add_instance, call, clear, contents, note, orphans,
 Database = Connection[Any]
 ROLES = ("reader", "author", "worker")
 # what the harness alone writes
-WRITTEN = (
-    "runs run_definitions run_cases run_combinations run_rubrics run_workers workers notes grades failures calls results logs"
-    " model_limits model_leases schema_migrations"
-).split()
-DEFINED = "projects experiments instances datasets cases rubrics models instance_cases model_combinations".split()
+WRITTEN = [
+    "runs",
+    "run_definitions",
+    "run_cases",
+    "run_combinations",
+    "run_rubrics",
+    "run_workers",
+    "workers",
+    "notes",
+    "grades",
+    "failures",
+    "calls",
+    "results",
+    "logs",
+    "model_limits",
+    "model_leases",
+    "schema_migrations",
+]
+DEFINED = [
+    "projects",
+    "experiments",
+    "instances",
+    "datasets",
+    "cases",
+    "rubrics",
+    "models",
+    "instance_cases",
+    "model_combinations",
+]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +93,10 @@ def office(shared_url: str, logins: dict[str, str]) -> Iterator[Office]:
 
 
 def tables(db: Database, kinds: str) -> list[str]:
-    found = db.execute("select relname from pg_class where relnamespace = 'pgharness'::regnamespace and relkind::text = any (%s) order by 1", (list(kinds),))
+    found = db.execute(
+        "select relname from pg_class where relnamespace = 'pgharness'::regnamespace and relkind::text = any (%s) order by 1",
+        (list(kinds),),
+    )
     return [name for (name,) in found.fetchall()]
 
 
@@ -178,10 +205,16 @@ def test_a_reader_changes_nothing_at_all(office: Office) -> None:
 
 def test_an_author_defines_starts_and_controls_by_sql_alone(office: Office) -> None:
     with office.acting("author") as db:
-        db.execute("insert into pgharness.projects (name) values ('p'); insert into pgharness.datasets (name) values ('d')")
-        db.execute("""insert into pgharness.experiments (name, config_schema) values ('e', '{"properties": {"depth": {"maximum": 5}}}')""")
+        db.execute(
+            "insert into pgharness.projects (name) values ('p'); insert into pgharness.datasets (name) values ('d')"
+        )
+        db.execute(
+            """insert into pgharness.experiments (name, config_schema) values ('e', '{"properties": {"depth": {"maximum": 5}}}')"""
+        )
         db.execute("insert into pgharness.models (name, provider, model) values ('mine', 'openai', 'gpt')")
-        db.execute("update pgharness.models set max_concurrency = 5 where name = 'mine'; delete from pgharness.models where name = 'mine'")
+        db.execute(
+            "update pgharness.models set max_concurrency = 5 where name = 'mine'; delete from pgharness.models where name = 'mine'"
+        )
         add_instance(db, "mine", cases=0, project="p", experiment="e", rubrics_per_case=1)
         add_cases(db, 3)
         db.execute("update pgharness.cases set dataset = 'd' where name like 'case-%'")
@@ -192,7 +225,10 @@ def test_an_author_defines_starts_and_controls_by_sql_alone(office: Office) -> N
         assert db.execute("""select * from pgharness.schema_problems('{"maximum": "x"}')""").rowcount == 1
         run = start(db, "mine", idempotency_key="k")
         assert start(db, "mine", idempotency_key="k") == run
-        inserted = value(db, "insert into pgharness.runs (instance, kind, name, priority, budget_usd) values ('mine', 'milestone', 'n', 2, 9) returning id")
+        inserted = value(
+            db,
+            "insert into pgharness.runs (instance, kind, name, priority, budget_usd) values ('mine', 'milestone', 'n', 2, 9) returning id",
+        )
         for action in ("pause_run", "resume_run", "cancel_run", "resume_run", "retry_failed", "requeue_run"):
             db.execute(f"select pgharness.{action}(%s), pgharness.{action}('n')".encode(), (run,))
         again = value(db, "select run_id from pgharness.rerun(%s)", run)
@@ -201,7 +237,12 @@ def test_an_author_defines_starts_and_controls_by_sql_alone(office: Office) -> N
             db.execute("delete from pgharness.cases where name = 'case-1'")
         author = value(db, "select session_user::text")
     assert {run_of(office.db, id_)["created_by"] for id_ in (run, inserted, again)} == {author}
-    assert {row["by"] for row in rows(office.db, "select data ->> 'by' as by from pgharness.logs where run_id = %s and level <> 'info'", run)} == {author}
+    assert {
+        row["by"]
+        for row in rows(
+            office.db, "select data ->> 'by' as by from pgharness.logs where run_id = %s and level <> 'info'", run
+        )
+    } == {author}
     assert orphans(office.db) == []
 
 
@@ -246,14 +287,21 @@ def test_a_worker_does_all_of_its_work(office: Office) -> None:
         queue_worker = value(db, "select worker_id from procrastinate_register_worker_v1()")
         db.execute("select pgharness.attach_queue_worker(%s, %s)", (worker, queue_worker))
         model = value(db, "select id from pgharness.models where name = 'simulator'")
-        db.execute("select pgharness.lease_model(%s, %s, 0, 1), pgharness.take_requests(%s, 1, 1), pgharness.block_model(%s, 0)", (worker, model, model, model))
+        db.execute(
+            "select pgharness.lease_model(%s, %s, 0, 1), pgharness.take_requests(%s, 1, 1), pgharness.block_model(%s, 0)",
+            (worker, model, model, model),
+        )
         retried = False
-        while job := db.execute("select id, args from procrastinate_fetch_job_v2('{note,grade}', %s) where id is not null", (queue_worker,)).fetchone():
+        while job := db.execute(
+            "select id, args from procrastinate_fetch_job_v2('{note,grade}', %s) where id is not null", (queue_worker,)
+        ).fetchone():
             id_, args = job
             assert value(db, "select pgharness.load_run(%s)", args["run_id"])["run"] == "trial/1"
             items = rows(db, "select * from pgharness.load_slice(%s, %s)", worker, json.dumps(args))
             rubric_ids = [item["rubric_id"] for item in items if item["rubric_id"]]
-            db.execute("select pgharness.load_inputs(%s, %s, %s, '{0}')", (run, [i["case_id"] for i in items], rubric_ids))
+            db.execute(
+                "select pgharness.load_inputs(%s, %s, %s, '{0}')", (run, [i["case_id"] for i in items], rubric_ids)
+            )
             db.execute("select pgharness.charge_crash(%s, %s, %s)", (run, args["kind"], items[0]["ordinal"]))
             db.execute("select pgharness.heartbeat(%s, 1, 'running', %s, %s)", (worker, [run], [id_]))
             if not retried:
@@ -261,10 +309,16 @@ def test_a_worker_does_all_of_its_work(office: Office) -> None:
                 retried = True
                 continue
             verdicts = {"verdicts": [{"rationale": "r", "satisfaction": 5}] * 2} if args["kind"] == "grade" else {}
-            outcomes = [note(run, item["ordinal"], kind=args["kind"], calls=[call(model_id=model)], **verdicts) for item in items]
+            outcomes = [
+                note(run, item["ordinal"], kind=args["kind"], calls=[call(model_id=model)], **verdicts)
+                for item in items
+            ]
             db.execute("select pgharness.record_outcomes(%s, %s)", (worker, json.dumps(outcomes)))
             db.execute("select procrastinate_finish_job_v1(%s, 'succeeded', true)", (id_,))
-        db.execute("select pgharness.log(%s, 'done'), pgharness.record_result(%s, 'k', '1'), pgharness.lose_worker('h', 1), pgharness.sweep()", (run, run))
+        db.execute(
+            "select pgharness.log(%s, 'done'), pgharness.record_result(%s, 'k', '1'), pgharness.lose_worker('h', 1), pgharness.sweep()",
+            (run, run),
+        )
         db.execute("listen pgharness")
         db.execute("reset search_path")
     assert run_of(office.db, run)["status"] == "completed"
@@ -280,7 +334,10 @@ def test_a_worker_defines_and_controls_nothing(office: Office) -> None:
         "select pgharness.rerun('trial/1')",
         "select pgharness.add_cases('trial')",
         "insert into pgharness.runs (instance) values ('trial')",
-        *(f"select pgharness.{action}('trial/1')" for action in ("pause_run", "resume_run", "cancel_run", "retry_failed", "requeue_run")),
+        *(
+            f"select pgharness.{action}('trial/1')"
+            for action in ("pause_run", "resume_run", "cancel_run", "retry_failed", "requeue_run")
+        ),
     ]
     for statement in attempts:
         with office.acting("worker") as db, refused(db, "42501"):

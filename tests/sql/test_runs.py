@@ -53,7 +53,7 @@ def receipt(db: Database, query: str, *values: object) -> Row:
 
 def definition(db: Database, run: int) -> dict[str, Any]:
     """Everything that is frozen in a run, without what names the run itself."""
-    frozen = value(db, "select pgharness.load_run(%s)", run)
+    frozen: dict[str, Any] = value(db, "select pgharness.load_run(%s)", run)
     for key in ("run_id", "run"):
         del frozen[key]
     tables = {
@@ -82,13 +82,18 @@ def test_198_cases_by_5_notes_and_2_rubrics_by_2_grades_are_990_notes_and_3960_g
         ({"grade_replications": 4}, [("simulator", "exact_match")], 3, 3),
         ({"grade_replications": 4, "rubrics_per_case": 0}, [("simulator", "simulator")], 3, 12),
         ({"grade_replications": 4, "rubrics_per_case": 1}, [("simulator", "simulator")], 3, 12),
-        ({"grade_replications": 2}, [("simulator", "simulator"), ("simulator", None), ("simulator", "contains")], 9, 15),
+        (
+            {"grade_replications": 2},
+            [("simulator", "simulator"), ("simulator", None), ("simulator", "contains")],
+            9,
+            15,
+        ),
         ({"cycle_transcript_overlaps": [0, 50, 100], "note_replications": 2}, [("simulator", "simulator")], 18, 36),
         ({"cycle_times": [30, 60], "note_replications": 2}, [("simulator", "simulator")], 6, 12),
     ],
 )
 def test_a_plan_is_cases_times_combinations_times_overlaps_times_replications(
-    tx: Database, columns: dict[str, object], combinations: list[tuple[str, str | None]], notes: int, grades: int
+    tx: Database, columns: dict[str, Any], combinations: list[tuple[str, str | None]], notes: int, grades: int
 ) -> None:
     add_instance(tx, cases=3, combinations=combinations, **columns)
     answer = receipt(tx, "pgharness.start_run('trial')")
@@ -120,7 +125,10 @@ def test_a_run_grades_with_the_latest_accepted_rubric_of_each_of_two_people_newe
 
     def chosen(run: int) -> list[str]:
         by_id = {id_: comment for comment, id_ in ids.items()}
-        return [by_id[row["rubric_id"]] for row in rows(tx, "select rubric_id from pgharness.run_rubrics where run_id = %s order by number", run)]
+        return [
+            by_id[row["rubric_id"]]
+            for row in rows(tx, "select rubric_id from pgharness.run_rubrics where run_id = %s order by number", run)
+        ]
 
     assert chosen(start(tx)) == ["bob's", "ann's second"]
     tx.execute("update pgharness.instances set rubrics_per_case = 3")
@@ -135,22 +143,40 @@ def test_a_run_grades_with_the_latest_accepted_rubric_of_each_of_two_people_newe
 
 def test_a_run_that_lacks_something_is_refused_naming_it(tx: Database) -> None:
     add_instance(tx, "empty", cases=0)
-    with refused(tx, "PH003", 'instance "empty" has no cases', "select pgharness.add_cases('empty', eligible => true);"):
+    with refused(
+        tx, "PH003", 'instance "empty" has no cases', "select pgharness.add_cases('empty', eligible => true);"
+    ):
         start(tx, "empty")
     add_instance(tx, "alone", combinations=[])
     with refused(tx, "PH003", 'instance "alone" has no model combinations', "insert into pgharness.model_combinations"):
         start(tx, "alone")
     add_instance(tx, cases=3)
     tx.execute("delete from pgharness.rubrics where case_name = 'trial-2' and author = 'bob'")
-    with refused(tx, "PH003", '1 of the cases of instance "trial" lack accepted rubrics by 2 different', "For example: trial-2", "rubrics_per_case"):
+    with refused(
+        tx,
+        "PH003",
+        '1 of the cases of instance "trial" lack accepted rubrics by 2 different',
+        "For example: trial-2",
+        "rubrics_per_case",
+    ):
         start(tx)
     add_instance(tx, "targets", combinations=[("simulator", "exact_match")])
     tx.execute("update pgharness.cases set target = null where name = 'targets-1'")
-    with refused(tx, "PH003", '1 of the cases of instance "targets" have no target', "For example: targets-1", "update pgharness.cases set target"):
+    with refused(
+        tx,
+        "PH003",
+        '1 of the cases of instance "targets" have no target',
+        "For example: targets-1",
+        "update pgharness.cases set target",
+    ):
         start(tx, "targets")
-    tx.execute("""update pgharness.model_combinations set grader = 'regex', grader_parameters = '{"pattern": "x"}' where instance = 'targets'""")
+    tx.execute(
+        """update pgharness.model_combinations set grader = 'regex', grader_parameters = '{"pattern": "x"}' where instance = 'targets'"""
+    )
     assert start(tx, "targets")
-    with refused(tx, "PH001", 'instance "nope" does not exist', "targets, trial, alone, empty", "insert into pgharness.instances"):
+    with refused(
+        tx, "PH001", 'instance "nope" does not exist', "targets, trial, alone, empty", "insert into pgharness.instances"
+    ):
         start(tx, "nope")
     assert value(tx, "select count(*) from pgharness.runs") == 1
     assert orphans(tx) == []
@@ -162,21 +188,37 @@ def test_a_run_freezes_what_its_instance_says_at_the_start(tx: Database) -> None
            values ('m', 'openai', 'gpt', '{"temperature": 0.2, "top_p": 0.9}', true, 2.5)"""
     )
     add_instance(
-        tx, cases=3, combinations=[], seed=42, note_prompt="Mine: {{ case_text }}", config='{"depth": 1}', cycle_times=[30], software_version="abc"
+        tx,
+        cases=3,
+        combinations=[],
+        seed=42,
+        note_prompt="Mine: {{ case_text }}",
+        config='{"depth": 1}',
+        cycle_times=[30],
+        software_version="abc",
     )
     tx.execute(
         """insert into pgharness.model_combinations (instance, generator, generator_parameters, generator_is_reasoning, grader, grader_parameters)
            values ('trial', 'm', '{"temperature": 1}', false, 'm', '{"max_tokens": 9}')"""
     )
     frozen = definition(tx, start(tx))
-    assert (frozen["seed"], frozen["config"], frozen["cycle_times"], frozen["software_version"]) == (42, {"depth": 1}, [30], "abc")
+    assert (frozen["seed"], frozen["config"], frozen["cycle_times"], frozen["software_version"]) == (
+        42,
+        {"depth": 1},
+        [30],
+        "abc",
+    )
     assert frozen["prompts"]["note"] == "Mine: {{ case_text }}"
-    assert frozen["prompts"]["note_system"] == value(tx, "select note_system_prompt from pgharness.experiments where name = 'note_grade'")
+    assert frozen["prompts"]["note_system"] == value(
+        tx, "select note_system_prompt from pgharness.experiments where name = 'note_grade'"
+    )
     generator, grader = frozen["combinations"][0]["generator"], frozen["combinations"][0]["grader"]
     assert (generator["parameters"], generator["is_reasoning"]) == ({"temperature": 1, "top_p": 0.9}, False)
     assert (grader["parameters"], grader["is_reasoning"]) == ({"temperature": 0.2, "top_p": 0.9, "max_tokens": 9}, True)
     assert grader["input_usd_per_million"] == 2.5
-    expected = "select encode(sha256(convert_to(string_agg(digest, E'\\n' order by id), 'UTF8')), 'hex') from pgharness.cases"
+    expected = (
+        "select encode(sha256(convert_to(string_agg(digest, E'\\n' order by id), 'UTF8')), 'hex') from pgharness.cases"
+    )
     assert frozen["cases_digest"] == value(tx, expected)
 
 
@@ -251,7 +293,10 @@ def test_a_second_start_with_the_same_key_returns_the_first_run(tx: Database) ->
         value(tx, "select run_id from pgharness.rerun(%s, idempotency_key => 'k')", first)
     again = value(tx, "select run_id from pgharness.rerun(%s, idempotency_key => 'r')", first)
     assert value(tx, "select run_id from pgharness.rerun(%s, idempotency_key => 'r')", first) == again != first
-    for statement in ("pgharness.start_run('trial', idempotency_key => 'r')", f"pgharness.rerun({again}, idempotency_key => 'r')"):
+    for statement in (
+        "pgharness.start_run('trial', idempotency_key => 'r')",
+        f"pgharness.rerun({again}, idempotency_key => 'r')",
+    ):
         with refused(tx, "PH004", 'idempotency key "r" already started run "trial/2"'):
             value(tx, f"select run_id from {statement}")
     assert value(tx, "select count(*) from pgharness.runs") == 2
@@ -270,7 +315,10 @@ def test_starts_with_one_key_at_the_same_time_make_one_run(url: str) -> None:
         with ThreadPoolExecutor(4) as pool:
             assert len(set(pool.map(begin, ["k"] * 4))) == 1
             assert len(set(pool.map(begin, [None] * 4))) == 4
-        assert value(db, "select string_agg(name, ' ' order by name) from pgharness.runs") == "trial/1 trial/2 trial/3 trial/4 trial/5"
+        assert (
+            value(db, "select string_agg(name, ' ' order by name) from pgharness.runs")
+            == "trial/1 trial/2 trial/3 trial/4 trial/5"
+        )
         assert orphans(db) == []
 
 
@@ -341,7 +389,11 @@ def test_a_run_moves_only_along_its_lifecycle_by_number_and_by_name(tx: Database
 @pytest.mark.parametrize("action", ["pause_run", "resume_run", "cancel_run", "retry_failed", "requeue_run", "rerun"])
 def test_a_run_that_does_not_exist_is_refused_with_where_to_look(tx: Database, action: str) -> None:
     into(tx, "running")
-    for argument, text in (("987654321::bigint", "987654321"), ("'nope'", 'run "nope" does not exist'), ("null::text", "run is missing")):
+    for argument, text in (
+        ("987654321::bigint", "987654321"),
+        ("'nope'", 'run "nope" does not exist'),
+        ("null::text", "run is missing"),
+    ):
         with refused(tx, "PH001 PH002", text, "pgharness.run"):
             tx.execute(f"select pgharness.{action}({argument})".encode())
 
@@ -391,7 +443,11 @@ def test_pauses_do_not_count_as_time_spent_running(tx: Database) -> None:
         tx.execute(f"set local pgharness.fake_now = '2026-01-01 12:{minute}+00'".encode())
         tx.execute(f"select pgharness.{action}(%s)".encode(), (run,))
     row = run_of(tx, run)
-    assert (row["active_seconds"], row["activated_at"], row["finished_at"].isoformat()) == (15 * 60, None, "2026-01-01T12:45:00+00:00")
+    assert (row["active_seconds"], row["activated_at"], row["finished_at"].isoformat()) == (
+        15 * 60,
+        None,
+        "2026-01-01T12:45:00+00:00",
+    )
 
 
 def test_a_run_of_higher_priority_goes_first_and_grades_before_notes(tx: Database) -> None:
@@ -416,15 +472,29 @@ def test_a_run_pauses_at_its_budget_and_goes_on_with_a_larger_one(tx: Database) 
     record(tx, worker, note(run, 2, calls=[call(0.3), call(0.25)]))
     status, reason = statuses(tx, run)
     assert status == "paused"
-    assert reason is not None and "budget of 1.5 USD is spent (1.5500 USD)" in reason and f"select pgharness.resume_run({run}, budget_usd => 3" in reason
+    assert (
+        reason is not None
+        and "budget of 1.5 USD is spent (1.5500 USD)" in reason
+        and f"select pgharness.resume_run({run}, budget_usd => 3" in reason
+    )
     assert jobs(tx) == []
     for argument in ("", ", budget_usd => 1.55", ", budget_usd => 0", ", budget_usd => -1"):
-        with refused(tx, "PH006", f"run {run} has spent 1.5500 USD of its budget of ", f"select pgharness.resume_run({run}, budget_usd => 4.1"):
+        with refused(
+            tx,
+            "PH006",
+            f"run {run} has spent 1.5500 USD of its budget of ",
+            f"select pgharness.resume_run({run}, budget_usd => 4.1",
+        ):
             tx.execute(f"select pgharness.resume_run({run}{argument})".encode())
     assert receipt(tx, "pgharness.resume_run(%s, budget_usd => 50)", run)["status"] == "running"
     assert work_off(tx, worker) == 1 + 4
     row = run_of(tx, run)
-    assert (row["status"], row["budget_usd"], row["note_cost_usd"], row["grade_cost_usd"]) == ("completed", 50, Decimal("2.05"), 1)
+    assert (row["status"], row["budget_usd"], row["note_cost_usd"], row["grade_cost_usd"]) == (
+        "completed",
+        50,
+        Decimal("2.05"),
+        1,
+    )
     assert orphans(tx) == []
 
 
@@ -442,11 +512,19 @@ def test_a_run_takes_its_instances_budget_and_one_that_is_done_does_not_pause(tx
 
 def test_late_calls_of_a_cancelled_run_are_paid_for_and_change_nothing_else(tx: Database) -> None:
     run = into(tx, "cancelled")
-    record(tx, register(tx), note(run, 0), lost(run, "note", 1), {**note(run, 1), "result": "cancelled", "calls": [call(0.1, outcome="cancelled")]})
+    record(
+        tx,
+        register(tx),
+        note(run, 0),
+        lost(run, "note", 1),
+        {**note(run, 1), "result": "cancelled", "calls": [call(0.1, outcome="cancelled")]},
+    )
     row = run_of(tx, run)
     assert (row["note_cost_usd"], row["notes_succeeded"], row["notes_failed"]) == (Decimal("0.6"), 0, 0)
     assert value(tx, "select count(*) from pgharness.calls") == 3
-    assert value(tx, "select count(*) from pgharness.notes") == value(tx, "select count(*) from pgharness.failures") == 0
+    assert (
+        value(tx, "select count(*) from pgharness.notes") == value(tx, "select count(*) from pgharness.failures") == 0
+    )
     assert orphans(tx) == []
 
 
@@ -455,9 +533,19 @@ def test_late_calls_of_a_cancelled_run_are_paid_for_and_change_nothing_else(tx: 
 
 @pytest.mark.parametrize(
     ("threshold", "failing", "expected"),
-    [(0, 0, "completed"), (0, 1, "failed"), (0.2, 1, "completed"), (0.2, 2, "completed"), (0.2, 3, "failed"), (0.9, 10, "failed"), (1, 10, "completed")],
+    [
+        (0, 0, "completed"),
+        (0, 1, "failed"),
+        (0.2, 1, "completed"),
+        (0.2, 2, "completed"),
+        (0.2, 3, "failed"),
+        (0.9, 10, "failed"),
+        (1, 10, "completed"),
+    ],
 )
-def test_a_run_fails_when_more_than_its_share_fails(tx: Database, threshold: float, failing: int, expected: str) -> None:
+def test_a_run_fails_when_more_than_its_share_fails(
+    tx: Database, threshold: float, failing: int, expected: str
+) -> None:
     add_instance(tx, cases=10, rubrics_per_case=1, failure_threshold=threshold, grade_replications=4)
     run, worker = start(tx), register(tx)
     for ordinal in range(failing):
@@ -476,7 +564,10 @@ def test_failed_grades_count_as_much_as_planned_ones(tx: Database) -> None:
     record(tx, worker, *[note(run, n) for n in range(5)], lost(run, "grade", 0))
     assert statuses(tx, run)[0] == "running"
     record(tx, worker, lost(run, "grade", 1))
-    assert statuses(tx, run) == ("failed", "0 notes and 2 grades failed (0 grades of failed notes are skipped), more than 10.00% of 10")
+    assert statuses(tx, run) == (
+        "failed",
+        "0 notes and 2 grades failed (0 grades of failed notes are skipped), more than 10.00% of 10",
+    )
     assert jobs(tx) == []
 
 
@@ -492,7 +583,9 @@ def test_what_failed_is_tried_again_with_all_its_attempts(tx: Database, state: s
         record(tx, worker, note(run, 2), note(run, 3), grade(run, 2), grade(run, 3))
     assert statuses(tx, run)[0] == state
     answer = receipt(tx, "pgharness.retry_failed(%s)", run)
-    assert (answer["status"], answer["reason"] is None) == (("paused", False) if state == "paused" else ("running", True))
+    assert (answer["status"], answer["reason"] is None) == (
+        ("paused", False) if state == "paused" else ("running", True)
+    )
     assert value(tx, "select count(*) from pgharness.failures where status = 'failed'") == 0
     assert orphans(tx) == []
     if state == "paused":
@@ -500,7 +593,9 @@ def test_what_failed_is_tried_again_with_all_its_attempts(tx: Database, state: s
         assert orphans(tx) == []
     for attempt in (1, 2):
         record(tx, worker, failure(run, "note", 1))
-        assert rows(tx, "select status, attempts from pgharness.failures where ordinal = 1") == [{"status": "waiting", "attempts": attempt}]
+        assert rows(tx, "select status, attempts from pgharness.failures where ordinal = 1") == [
+            {"status": "waiting", "attempts": attempt}
+        ]
     record(tx, worker, note(run, 1))
     work_off(tx, worker)
     assert (statuses(tx, run), run_of(tx, run)["grades_succeeded"]) == (("completed", None), 4)
@@ -530,19 +625,39 @@ def test_retrying_past_the_budget_pauses_again(tx: Database) -> None:
 
 
 def test_a_rerun_repeats_a_run_whatever_its_instance_says_now(tx: Database) -> None:
-    add_instance(tx, cases=3, note_replications=2, combinations=[("simulator", "simulator"), ("simulator", "exact_match")])
+    add_instance(
+        tx, cases=3, note_replications=2, combinations=[("simulator", "simulator"), ("simulator", "exact_match")]
+    )
     first = start(tx, kind="milestone")
     frozen = definition(tx, first)
-    tx.execute("update pgharness.instances set note_replications = 9, seed = 7, note_prompt = 'x', rubrics_per_case = 1, name = 'renamed'")
-    tx.execute("""update pgharness.models set parameters = '{"latency_seconds": 1}', name = 'm' where name = 'simulator'""")
-    tx.execute("delete from pgharness.instance_cases where case_name = 'trial-1'; delete from pgharness.model_combinations where grader = 'exact_match'")
-    tx.execute("update pgharness.rubrics set validation = 'refused'; update pgharness.experiments set note_prompt = 'y'")
+    tx.execute(
+        "update pgharness.instances set note_replications = 9, seed = 7, note_prompt = 'x', rubrics_per_case = 1, name = 'renamed'"
+    )
+    tx.execute(
+        """update pgharness.models set parameters = '{"latency_seconds": 1}', name = 'm' where name = 'simulator'"""
+    )
+    tx.execute(
+        "delete from pgharness.instance_cases where case_name = 'trial-1'; delete from pgharness.model_combinations where grader = 'exact_match'"
+    )
+    tx.execute(
+        "update pgharness.rubrics set validation = 'refused'; update pgharness.experiments set note_prompt = 'y'"
+    )
     again = value(tx, "select run_id from pgharness.rerun(%s)", first)
-    third = value(tx, "select run_id from pgharness.rerun((select name from pgharness.runs where id = %s), kind => 'trial')", again)
+    third = value(
+        tx,
+        "select run_id from pgharness.rerun((select name from pgharness.runs where id = %s), kind => 'trial')",
+        again,
+    )
     inserted = value(tx, "insert into pgharness.runs (rerun_of_id) values (%s) returning id", first)
     for run, kind, source in ((again, "milestone", first), (third, "trial", again), (inserted, "trial", first)):
         row = run_of(tx, run)
-        assert (row["kind"], row["rerun_of_id"], row["instance"], row["note_count"], row["grade_count"]) == (kind, source, "renamed", 12, 18)
+        assert (row["kind"], row["rerun_of_id"], row["instance"], row["note_count"], row["grade_count"]) == (
+            kind,
+            source,
+            "renamed",
+            12,
+            18,
+        )
         repeated = definition(tx, run)
         for combination in frozen["combinations"] + repeated["combinations"]:
             combination.pop("combination_id", None)
@@ -561,17 +676,28 @@ def test_losing_the_whole_queue_loses_nothing_and_one_call_puts_the_work_back(ur
         db.execute("drop schema procrastinate cascade")
         record(db, worker, note(run, 3))
         assert value(db, "select pgharness.sweep()") == 0
-        assert rows(db, "select * from pgharness.heartbeat(%s, 1, 'running', %s, '{}')", worker, [run]) == [{"run_id": run, "status": "running", "epoch": 0}]
+        assert rows(db, "select * from pgharness.heartbeat(%s, 1, 'running', %s, '{}')", worker, [run]) == [
+            {"run_id": run, "status": "running", "epoch": 0}
+        ]
         assert orphans(db) == []
         schema.upgrade(db)
         assert receipt(db, "pgharness.requeue_run(%s)", run)["status"] == "running"
-        assert receipt(db, "pgharness.requeue_run((select name from pgharness.runs where id = %s))", run)["status"] == "running"
+        assert (
+            receipt(db, "pgharness.requeue_run((select name from pgharness.runs where id = %s))", run)["status"]
+            == "running"
+        )
         assert orphans(db) == []
         db.execute("select pgharness.resume_run(%s)", (idle,))
-        worker = register(db, pid=2)
-        work_off(db, worker)
+        with refused(db, "PH004", "the queue knows another worker under id 1", "Register with the queue again."):
+            register(db, pid=2)
+        work_off(db, register(db, pid=2))
         row = run_of(db, run)
-        assert (row["status"], row["notes_succeeded"], row["notes_failed"], row["grades_succeeded"]) == ("completed", 3, 1, 3)
+        assert (row["status"], row["notes_succeeded"], row["notes_failed"], row["grades_succeeded"]) == (
+            "completed",
+            3,
+            1,
+            3,
+        )
         assert run_of(db, idle)["status"] == "completed"
         assert orphans(db) == []
 
@@ -595,7 +721,9 @@ def test_every_change_of_state_is_announced_once_and_logged(url: str) -> None:
         def heard() -> list[tuple[str, str, str | None, str | None]]:
             listener.execute("select 1")
             payloads = [json.loads(n.payload) for n in listener.notifies(timeout=0)]
-            assert all(set(p) == {"event", "run_id", "run", "status", "previous_status", "reason", "at"} for p in payloads)
+            assert all(
+                set(p) == {"event", "run_id", "run", "status", "previous_status", "reason", "at"} for p in payloads
+            )
             assert all((p["run_id"], p["run"]) == (run, "trial/1") for p in payloads)
             return [(p["event"], p["status"], p["previous_status"], p["reason"]) for p in payloads]
 
@@ -603,26 +731,51 @@ def test_every_change_of_state_is_announced_once_and_logged(url: str) -> None:
         run, worker = start(db), register(db)
         assert heard() == [("run.started", "running", None, None)]
         steps: list[tuple[Callable[[], object], list[tuple[str, str, str | None, str | None]]]] = [
-            (lambda: db.execute("select pgharness.pause_run(%s, %s)", (run, "r" * 900)), [("run.paused", "paused", "running", "r" * 500)]),
+            (
+                lambda: db.execute("select pgharness.pause_run(%s, %s)", (run, "r" * 900)),
+                [("run.paused", "paused", "running", "r" * 500)],
+            ),
             (lambda: db.execute("select pgharness.pause_run(%s)", (run,)), []),
-            (lambda: db.execute("select pgharness.resume_run(%s)", (run,)), [("run.running", "running", "paused", None)]),
+            (
+                lambda: db.execute("select pgharness.resume_run(%s)", (run,)),
+                [("run.running", "running", "paused", None)],
+            ),
             (lambda: db.execute("select pgharness.resume_run(%s, budget_usd => 9)", (run,)), []),
             (lambda: db.execute("select pgharness.requeue_run(%s)", (run,)), []),
             (lambda: record(db, worker, note(run, 0)), []),
-            (lambda: db.execute("select pgharness.cancel_run(%s)", (run,)), [("run.cancelled", "cancelled", "running", "cancelled by hand")]),
-            (lambda: db.execute("select pgharness.resume_run(%s)", (run,)), [("run.running", "running", "cancelled", None)]),
+            (
+                lambda: db.execute("select pgharness.cancel_run(%s)", (run,)),
+                [("run.cancelled", "cancelled", "running", "cancelled by hand")],
+            ),
+            (
+                lambda: db.execute("select pgharness.resume_run(%s)", (run,)),
+                [("run.running", "running", "cancelled", None)],
+            ),
             (
                 lambda: record(db, worker, lost(run, "note", 1)),
-                [("run.failed", "failed", "running", "1 notes and 0 grades failed (1 grades of failed notes are skipped), more than 0.00% of 4")],
+                [
+                    (
+                        "run.failed",
+                        "failed",
+                        "running",
+                        "1 notes and 0 grades failed (1 grades of failed notes are skipped), more than 0.00% of 4",
+                    )
+                ],
             ),
-            (lambda: db.execute("select pgharness.retry_failed(%s)", (run,)), [("run.running", "running", "failed", None)]),
+            (
+                lambda: db.execute("select pgharness.retry_failed(%s)", (run,)),
+                [("run.running", "running", "failed", None)],
+            ),
             (lambda: work_off(db, worker), [("run.completed", "completed", "running", None)]),
             (lambda: record(db, worker, note(run, 0)), []),
         ]
         for step, expected in steps:
             step()
             assert heard() == expected
-        logged = [row["message"].split(":")[0] for row in rows(db, "select message from pgharness.logs where run_id = %s order by id", run)]
+        logged = [
+            row["message"].split(":")[0]
+            for row in rows(db, "select message from pgharness.logs where run_id = %s order by id", run)
+        ]
         assert logged == ["started", "paused", "running", "cancelled", "running", "failed", "running", "completed"]
 
 
@@ -638,8 +791,14 @@ def test_results_and_log_lines_are_kept_with_their_run(tx: Database) -> None:
     run = into(tx, "completed")
     first = value(tx, "select pgharness.record_result(%s, 'best', '\"a\"')", run)
     assert value(tx, "select pgharness.record_result(%s, 'best', '\"b\"')", run) > first
-    assert value(tx, "select string_agg(value #>> '{}', ' ' order by id) from pgharness.results where key = 'best'") == "a b"
-    tx.execute("select pgharness.log(%s, 'doubled the workers', data => '{\"by\": 2}'), pgharness.log(null, 'hello', 'debug')", (run,))
+    assert (
+        value(tx, "select string_agg(value #>> '{}', ' ' order by id) from pgharness.results where key = 'best'")
+        == "a b"
+    )
+    tx.execute(
+        "select pgharness.log(%s, 'doubled the workers', data => '{\"by\": 2}'), pgharness.log(null, 'hello', 'debug')",
+        (run,),
+    )
     assert rows(tx, "select run_id, level, message, data from pgharness.logs order by id desc limit 2") == [
         {"run_id": None, "level": "debug", "message": "hello", "data": {}},
         {"run_id": run, "level": "info", "message": "doubled the workers", "data": {"by": 2}},

@@ -50,14 +50,17 @@ def at(db: Database, moment: str) -> None:
     db.execute(f"set local pgharness.fake_now = '2026-01-01 {moment}+00'".encode())
 
 
-def small(db: Database, **columns: object) -> tuple[int, int]:
+def small(db: Database, **columns: Any) -> tuple[int, int]:
     """Start a run of four notes with one grade each; return it and a worker."""
-    add_instance(db, cases=4, **{"rubrics_per_case": 1, "failure_threshold": 1} | columns)
+    add_instance(db, cases=4, **{"rubrics_per_case": 1, "failure_threshold": 1, **columns})
     return start(db), register(db)
 
 
 def failures(db: Database) -> list[Row]:
-    return rows(db, "select kind, ordinal, status, attempts, delays, crashes, cause, error, answer from pgharness.failures order by kind, ordinal")
+    return rows(
+        db,
+        "select kind, ordinal, status, attempts, delays, crashes, cause, error, answer from pgharness.failures order by kind, ordinal",
+    )
 
 
 def in_order(items: list[Row]) -> list[Row]:
@@ -74,7 +77,9 @@ def lose(db: Database, worker: int) -> None:
 
 
 @EXAMPLES
-@given(cases=st.integers(1, 9), combinations=st.integers(1, 5), overlaps=st.integers(1, 4), replications=st.integers(1, 7))
+@given(
+    cases=st.integers(1, 9), combinations=st.integers(1, 5), overlaps=st.integers(1, 4), replications=st.integers(1, 7)
+)
 def test_an_ordinal_is_one_case_combination_overlap_and_replication(
     tx: Database, cases: int, combinations: int, overlaps: int, replications: int
 ) -> None:
@@ -100,7 +105,12 @@ def test_an_ordinal_is_one_case_combination_overlap_and_replication(
 def test_the_largest_ordinals_have_their_place(tx: Database) -> None:
     shape = "row(1, '{}', 1000000, 100, '{0,100}', 100000)::pgharness.run_definitions"
     last = 1_000_000 * 100 * 2 * 10_000 - 1
-    assert tx.execute(f"select * from pgharness._note_place({shape}, {last})".encode()).fetchone() == (999_999, 99, 100, 10_000)
+    assert tx.execute(f"select * from pgharness._note_place({shape}, {last})".encode()).fetchone() == (
+        999_999,
+        99,
+        100,
+        10_000,
+    )
 
 
 @EXAMPLES
@@ -113,7 +123,11 @@ def test_a_grades_place_is_one_rubric_and_replication(tx: Database, rubrics: int
             cross join lateral pgharness._grade_place(c.c, k) as p""",
         {"rubrics": rubrics, "replications": replications},
     ).fetchall()
-    expected = {(rubric, replication + 1) for rubric in (range(1, rubrics + 1) if rubrics else (0,)) for replication in range(replications)}
+    expected = {
+        (rubric, replication + 1)
+        for rubric in (range(1, rubrics + 1) if rubrics else (0,))
+        for replication in range(replications)
+    }
     assert len(places) == len(expected) and set(places) == expected
 
 
@@ -121,7 +135,9 @@ def test_a_grades_place_is_one_rubric_and_replication(tx: Database, rubrics: int
 @given(data=st.data())
 def test_a_run_of_any_shape_delivered_in_any_order_and_twice_ends_complete(tx: Database, data: st.DataObject) -> None:
     with tx.transaction(force_rollback=True):
-        graders = data.draw(st.lists(st.sampled_from(["simulator", "exact_match", None]), min_size=1, max_size=3), label="graders")
+        graders = data.draw(
+            st.lists(st.sampled_from(["simulator", "exact_match", None]), min_size=1, max_size=3), label="graders"
+        )
         add_instance(
             tx,
             cases=data.draw(st.integers(1, 4), label="cases"),
@@ -164,17 +180,33 @@ def test_a_slice_says_what_each_item_is_made_from(tx: Database) -> None:
     run, worker = start(tx), register(tx)
     case_ids = [row["case_id"] for row in rows(tx, "select case_id from pgharness.run_cases order by number")]
     notes = in_order(load(tx, worker, {"run_id": run, "kind": "note", "epoch": 0, "first": 0, "last": 7}))
-    assert [(n["ordinal"], n["case_id"], n["combination_number"], n["overlap"], n["replication"], n["note_ordinal"], n["tries"]) for n in notes] == [
+    assert [
+        (
+            n["ordinal"],
+            n["case_id"],
+            n["combination_number"],
+            n["overlap"],
+            n["replication"],
+            n["note_ordinal"],
+            n["tries"],
+        )
+        for n in notes
+    ] == [
         (ordinal, case_ids[ordinal % 2], 0, overlap, replication, ordinal, 0)
         for ordinal, overlap, replication in zip(range(8), [50, 50, 100, 100] * 2, [1] * 4 + [2] * 4, strict=True)
     ]
-    assert load(tx, worker, {"run_id": run, "kind": "grade", "epoch": 0, "first": 0, "last": 31}) == [], "no note, no grade"
+    assert load(tx, worker, {"run_id": run, "kind": "grade", "epoch": 0, "first": 0, "last": 31}) == [], (
+        "no note, no grade"
+    )
     record(tx, worker, note(run, 5, output={"text": "n5"}))
     grades = in_order(load(tx, worker, {"run_id": run, "kind": "grade", "epoch": 0, "ordinals": [20, 21, 22, 23, 24]}))
-    rubric_ids = [row["rubric_id"] for row in rows(tx, "select rubric_id from pgharness.run_rubrics where case_number = 1 order by number")]
-    assert [(g["ordinal"], g["case_id"], g["note_ordinal"], g["rubric_id"], g["replication"], g["overlap"]) for g in grades] == [
-        (20 + place, case_ids[1], 5, rubric_ids[place // 2], place % 2 + 1, 50) for place in range(4)
+    rubric_ids = [
+        row["rubric_id"]
+        for row in rows(tx, "select rubric_id from pgharness.run_rubrics where case_number = 1 order by number")
     ]
+    assert [
+        (g["ordinal"], g["case_id"], g["note_ordinal"], g["rubric_id"], g["replication"], g["overlap"]) for g in grades
+    ] == [(20 + place, case_ids[1], 5, rubric_ids[place // 2], place % 2 + 1, 50) for place in range(4)]
     inputs = value(tx, "select pgharness.load_inputs(%s, %s, %s, '{5}')", run, [case_ids[1]], rubric_ids)
     assert inputs["cases"][str(case_ids[1])]["name"] == "trial-2"
     assert [inputs["rubrics"][str(id_)]["author"] for id_ in rubric_ids] == ["bob", "ann"]
@@ -188,7 +220,11 @@ def test_a_slice_holds_only_what_is_missing(tx: Database) -> None:
     slice_ = {"run_id": run, "kind": "note", "epoch": 0}
     assert sorted(i["ordinal"] for i in load(tx, worker, slice_ | {"first": 0, "last": 3})) == [0, 3]
     assert sorted(i["ordinal"] for i in load(tx, worker, slice_ | {"ordinals": [3, 1, 2]})) == [3]
-    assert load(tx, worker, slice_ | {"first": -5, "last": -1}) == load(tx, worker, slice_ | {"first": 4, "last": 900}) == []
+    assert (
+        load(tx, worker, slice_ | {"first": -5, "last": -1})
+        == load(tx, worker, slice_ | {"first": 4, "last": 900})
+        == []
+    )
     assert sorted(i["ordinal"] for i in load(tx, worker, slice_ | {"kind": "grade", "first": -9, "last": 900})) == [1]
 
 
@@ -211,19 +247,30 @@ def test_recording_an_outcome_twice_changes_nothing_but_the_calls(tx: Database) 
     run, worker = small(tx)
     record(tx, worker, note(run, 0), note(run, 1))
     record(tx, worker, grade(run, 0))
-    kept = rows(tx, "select ordinal, output from pgharness.notes") + rows(tx, "select ordinal, score from pgharness.grades")
+    kept = rows(tx, "select ordinal, output from pgharness.notes") + rows(
+        tx, "select ordinal, score from pgharness.grades"
+    )
     queued = jobs(tx)
     for outcome in (note(run, 0, output="later"), grade(run, 0, 0, 0)):
         record(tx, worker, outcome)
         record(tx, worker, outcome, note(run, 1), outcome | {"attempt": 2})
-    assert rows(tx, "select ordinal, output from pgharness.notes") + rows(tx, "select ordinal, score from pgharness.grades") == kept
+    assert (
+        rows(tx, "select ordinal, output from pgharness.notes")
+        + rows(tx, "select ordinal, score from pgharness.grades")
+        == kept
+    )
     assert jobs(tx) == queued
     assert (run_of(tx, run)["notes_succeeded"], run_of(tx, run)["grades_succeeded"]) == (2, 1)
     assert orphans(tx) == []
 
 
 def test_the_grades_of_a_new_note_are_queued_exactly_once(tx: Database) -> None:
-    add_instance(tx, cases=3, grade_replications=2, combinations=[("simulator", "simulator"), ("simulator", None), ("simulator", "contains")])
+    add_instance(
+        tx,
+        cases=3,
+        grade_replications=2,
+        combinations=[("simulator", "simulator"), ("simulator", None), ("simulator", "contains")],
+    )
     run, worker = start(tx), register(tx)
     record(tx, worker, *[note(run, n) for n in (0, 1, 2, 2, 3)], failure(run, "note", 4), lost(run, "note", 5))
     record(tx, worker, *[note(run, n) for n in (0, 2, 4)])
@@ -243,7 +290,9 @@ def test_a_note_and_its_grade_may_be_recorded_together(tx: Database) -> None:
 @pytest.mark.parametrize("order", ["failed first", "succeeded first", "together"])
 @pytest.mark.parametrize("is_final", [False, True])
 @pytest.mark.parametrize("kind", ["note", "grade"])
-def test_a_try_that_failed_and_one_that_succeeded_count_once(tx: Database, kind: str, is_final: bool, order: str) -> None:
+def test_a_try_that_failed_and_one_that_succeeded_count_once(
+    tx: Database, kind: str, is_final: bool, order: str
+) -> None:
     run, worker = small(tx)
     if kind == "grade":
         record(tx, worker, note(run, 2))
@@ -255,7 +304,11 @@ def test_a_try_that_failed_and_one_that_succeeded_count_once(tx: Database, kind:
         assert orphans(tx) == []
     row = run_of(tx, run)
     is_failed = is_final and order == "failed first"
-    assert (row[f"{kind}s_succeeded"], row[f"{kind}s_failed"], len(failures(tx))) == (int(not is_failed), int(is_failed), int(is_failed))
+    assert (row[f"{kind}s_succeeded"], row[f"{kind}s_failed"], len(failures(tx))) == (
+        int(not is_failed),
+        int(is_failed),
+        int(is_failed),
+    )
     assert value(tx, "select count(*) from pgharness.calls where ordinal = 2 and kind = %s", kind) == 2 * 2
 
 
@@ -283,10 +336,21 @@ def test_a_run_that_ended_keeps_late_calls_and_nothing_else(tx: Database) -> Non
 
 def test_calls_are_kept_as_they_were_reported(tx: Database) -> None:
     run, worker = small(tx)
-    reported = call(0.125, http_status=200, finish_reason="stop", request_id="r1", cached_tokens=3, answer=None, error=None)
-    record(tx, worker, note(run, 0, attempt=2, calls=[call(0, outcome="timeout"), reported]), note(run, 1, calls=None), note(run, 2, calls=[]))
+    reported = call(
+        0.125, http_status=200, finish_reason="stop", request_id="r1", cached_tokens=3, answer=None, error=None
+    )
+    record(
+        tx,
+        worker,
+        note(run, 0, attempt=2, calls=[call(0, outcome="timeout"), reported]),
+        note(run, 1, calls=None),
+        note(run, 2, calls=[]),
+    )
     kept = rows(tx, "select * from pgharness.calls order by id")
-    assert [(c["outcome"], c["attempt"], c["worker_id"], c["ordinal"]) for c in kept] == [("timeout", 2, worker, 0), ("succeeded", 2, worker, 0)]
+    assert [(c["outcome"], c["attempt"], c["worker_id"], c["ordinal"]) for c in kept] == [
+        ("timeout", 2, worker, 0),
+        ("succeeded", 2, worker, 0),
+    ]
     assert {name: kept[1][name] for name in ("http_status", "finish_reason", "request_id", "cached_tokens", "input_tokens", "latency_ms")} == {
         "http_status": 200, "finish_reason": "stop", "request_id": "r1", "cached_tokens": 3, "input_tokens": 10, "latency_ms": 12.5
     }  # fmt: skip
@@ -307,7 +371,12 @@ def test_calls_are_kept_as_they_were_reported(tx: Database) -> None:
     ],
 )
 def test_a_criterion_scores_its_weight_times_its_satisfaction(
-    tx: Database, weights: tuple[float, ...], satisfactions: tuple[float, ...], score: float, maximum: float, parts: list[str]
+    tx: Database,
+    weights: tuple[float, ...],
+    satisfactions: tuple[float, ...],
+    score: float,
+    maximum: float,
+    parts: list[str],
 ) -> None:
     add_instance(tx, cases=0, rubrics_per_case=1)
     add_cases(tx, 1, weights=weights)
@@ -323,12 +392,17 @@ def test_a_criterion_scores_its_weight_times_its_satisfaction(
 
 
 def test_a_metric_brings_its_score_and_a_model_without_rubrics_one_verdict(tx: Database) -> None:
-    add_instance(tx, cases=1, rubrics_per_case=0, combinations=[("simulator", "exact_match"), ("simulator", "simulator")])
+    add_instance(
+        tx, cases=1, rubrics_per_case=0, combinations=[("simulator", "exact_match"), ("simulator", "simulator")]
+    )
     run, worker = start(tx), register(tx)
     by_metric = grade(run, 0, verdicts=None, score=1, max_score=1, calls=[])
     record(tx, worker, note(run, 0), note(run, 1), by_metric, grade(run, 1, 40))
     kept = rows(tx, "select score, max_score, rubric_number, rubric_id from pgharness.grades order by ordinal")
-    assert [(float(g["score"]), float(g["max_score"]), g["rubric_number"], g["rubric_id"]) for g in kept] == [(1, 1, 0, None), (40, 100, 0, None)]
+    assert [(float(g["score"]), float(g["max_score"]), g["rubric_number"], g["rubric_id"]) for g in kept] == [
+        (1, 1, 0, None),
+        (40, 100, 0, None),
+    ]
     assert orphans(tx) == []
 
 
@@ -401,7 +475,7 @@ def test_an_outcome_outside_of_the_plan_leaves_no_trace_but_its_calls(tx: Databa
 
 
 def test_no_outcomes_and_nonsense_instead_of_outcomes(tx: Database) -> None:
-    run, worker = small(tx)
+    _run, worker = small(tx)
     before = contents(tx)
     assert record(tx, worker) == []
     for nonsense in ("{}", "[1]", '"x"', "null", "[[]]"):
@@ -418,7 +492,10 @@ def due(db: Database) -> list[float]:
     """Seconds from now (by the harness's clock) until each waiting failure's next try."""
     return [
         float(row["seconds"])
-        for row in rows(db, "select extract(epoch from next_attempt_at - pgharness.clock()) as seconds from pgharness.failures where status = 'waiting' order by ordinal")
+        for row in rows(
+            db,
+            "select extract(epoch from next_attempt_at - pgharness.clock()) as seconds from pgharness.failures where status = 'waiting' order by ordinal",
+        )
     ]
 
 
@@ -429,11 +506,15 @@ def test_an_item_has_three_attempts_with_a_delay_that_doubles(tx: Database) -> N
     for attempt, mean in ((1, 10), (2, 20)):
         record(tx, worker, *[failure(run, "note", n, error=f"try {attempt}") for n in range(100)])
         delays = due(tx)
-        assert len(delays) == 100 and mean * 0.5 <= min(delays) < mean * 0.75 and mean * 1.25 < max(delays) <= mean * 1.5
+        assert (
+            len(delays) == 100 and mean * 0.5 <= min(delays) < mean * 0.75 and mean * 1.25 < max(delays) <= mean * 1.5
+        )
         assert {(f["attempts"], f["error"]) for f in failures(tx)} == {(attempt, f"try {attempt}")}
         assert orphans(tx) == []
     record(tx, worker, *[failure(run, "note", n, error="try 3", answer="raw") for n in range(100)])
-    assert {(f["status"], f["attempts"], f["cause"], f["error"], f["answer"]) for f in failures(tx)} == {("failed", 3, "server_error", "try 3", "raw")}
+    assert {(f["status"], f["attempts"], f["cause"], f["error"], f["answer"]) for f in failures(tx)} == {
+        ("failed", 3, "server_error", "try 3", "raw")
+    }
     row = run_of(tx, run)
     assert (row["status"], row["notes_failed"], row["grades_skipped"]) == ("completed", 100, 100)
     assert orphans(tx) == []
@@ -472,7 +553,12 @@ def test_a_rate_limit_waits_as_long_as_asked_and_spends_no_attempt(tx: Database)
         mean = 2 ** min(number - 1, 8)
         assert mean * 0.5 <= due(tx)[0] <= mean * 1.5
     (failed,) = failures(tx)
-    assert (failed["status"], failed["attempts"], failed["delays"], failed["cause"]) == ("waiting", 0, 13, "rate_limited")
+    assert (failed["status"], failed["attempts"], failed["delays"], failed["cause"]) == (
+        "waiting",
+        0,
+        13,
+        "rate_limited",
+    )
     record(tx, worker, failure(run, "note", 0, retry_after=20))
     assert 20 <= due(tx)[0] <= 22
     assert failures(tx)[0]["attempts"] == 1
@@ -490,10 +576,20 @@ def test_an_item_that_waits_has_a_job_of_its_own_at_its_time(tx: Database) -> No
     at(tx, "12:00")
     run, worker = small(tx)
     tx.execute("delete from procrastinate.procrastinate_jobs")
-    record(tx, worker, *[failure(run, "note", n, retry_after=100 * n + 50, spends_attempt=False) for n in range(3)], note(run, 3))
+    record(
+        tx,
+        worker,
+        *[failure(run, "note", n, retry_after=100 * n + 50, spends_attempt=False) for n in range(3)],
+        note(run, 3),
+    )
     record(tx, worker, failure(run, "grade", 3, retry_after=400))
-    waiting = {(f["kind"], f["ordinal"]): f["next_attempt_at"] for f in rows(tx, "select kind, ordinal, next_attempt_at from pgharness.failures")}
-    scheduled = {(job["args"]["kind"], o): job["scheduled_at"] for job in jobs(tx) for o in ordinals(job) if job["scheduled_at"]}
+    waiting = {
+        (f["kind"], f["ordinal"]): f["next_attempt_at"]
+        for f in rows(tx, "select kind, ordinal, next_attempt_at from pgharness.failures")
+    }
+    scheduled = {
+        (job["args"]["kind"], o): job["scheduled_at"] for job in jobs(tx) for o in ordinals(job) if job["scheduled_at"]
+    }
     assert scheduled == waiting
 
 
@@ -513,7 +609,9 @@ def test_an_item_that_waits_is_not_run_early_by_another_slice_or_after_a_crash(t
     assert sorted(early) == [0, 3]
     assert orphans(tx) == []
     at(tx, "12:12")
-    assert sorted(i["ordinal"] for i in load(tx, worker, {"run_id": run, "kind": "note", "epoch": 0, "ordinals": [0, 1, 2, 3]})) == [0, 1, 3]
+    assert sorted(
+        i["ordinal"] for i in load(tx, worker, {"run_id": run, "kind": "note", "epoch": 0, "ordinals": [0, 1, 2, 3]})
+    ) == [0, 1, 3]
 
 
 def test_what_the_model_answered_comes_back_with_the_next_try(tx: Database) -> None:
@@ -531,7 +629,9 @@ def test_what_the_model_answered_comes_back_with_the_next_try(tx: Database) -> N
 def test_a_slice_whose_worker_died_comes_back_in_parts_down_to_single_items(tx: Database) -> None:
     add_instance(tx, cases=125, note_replications=32, rubrics_per_case=1)
     run = start(tx)
-    tx.execute("delete from procrastinate.procrastinate_jobs where id <> (select min(id) from procrastinate.procrastinate_jobs)")
+    tx.execute(
+        "delete from procrastinate.procrastinate_jobs where id <> (select min(id) from procrastinate.procrastinate_jobs)"
+    )
     sizes, crashes = [], []
     for pid in range(1, 6):
         worker = register(tx, pid=pid)
@@ -570,7 +670,12 @@ def test_one_item_that_kills_every_worker_ends_up_alone_and_the_rest_is_done(tx:
         lose(tx, worker)
         assert orphans(tx) == []
     row = run_of(tx, run)
-    assert (row["status"], row["notes_succeeded"], row["notes_failed"], row["grades_succeeded"]) == ("completed", 499, 1, 499)
+    assert (row["status"], row["notes_succeeded"], row["notes_failed"], row["grades_succeeded"]) == (
+        "completed",
+        499,
+        1,
+        499,
+    )
     assert pid < 12
     assert orphans(tx) == []
 
@@ -579,13 +684,17 @@ def test_a_crash_is_charged_until_any_outcome_clears_it(tx: Database) -> None:
     run, worker = small(tx)
     charge = "select pgharness.charge_crash(%s, 'note', %s)"
     assert [value(tx, charge, run, 0) for _ in range(3)] == [1, 2, 3]
-    assert [(f["status"], f["crashes"], f["cause"], f["attempts"]) for f in failures(tx)] == [("waiting", 3, "crashed", 0)]
+    assert [(f["status"], f["crashes"], f["cause"], f["attempts"]) for f in failures(tx)] == [
+        ("waiting", 3, "crashed", 0)
+    ]
     assert len(load(tx, worker, {"run_id": run, "kind": "note", "epoch": 0, "ordinals": [0]})) == 1
     record(tx, worker, failure(run, "note", 0))
     assert [(f["crashes"], f["attempts"], f["cause"]) for f in failures(tx)] == [(0, 1, "server_error")]
     assert value(tx, charge, run, 0) == 1
     record(tx, worker, note(run, 0), lost(run, "note", 1))
-    assert [value(tx, charge, run, ordinal) for ordinal in (0, 1, 99, -1)] == [0, 0, 0, 0], "done, failed, not in the plan"
+    assert [value(tx, charge, run, ordinal) for ordinal in (0, 1, 99, -1)] == [0, 0, 0, 0], (
+        "done, failed, not in the plan"
+    )
     assert [(f["ordinal"], f["status"], f["cause"]) for f in failures(tx)] == [(1, "failed", "rejected")]
     with refused(tx, "PH001", "987654321"):
         value(tx, charge, 987654321, 0)
@@ -603,7 +712,10 @@ def test_a_worker_that_shows_no_life_is_lost_and_its_work_put_back(tx: Database)
     assert value(tx, "select pgharness.sweep('30 seconds')") == 0
     at(tx, "12:00:31")
     assert value(tx, "select pgharness.sweep('30 seconds')") == 1
-    assert [row["status"] for row in rows(tx, "select status from pgharness.workers order by id")] == ["lost", "running"]
+    assert [row["status"] for row in rows(tx, "select status from pgharness.workers order by id")] == [
+        "lost",
+        "running",
+    ]
     assert [job["id"] for job in jobs(tx, status="doing")] == [taken[1]["id"]]  # type: ignore[index]
     assert orphans(tx) == []
     assert value(tx, "select pgharness.sweep('30 seconds')") == 0
@@ -644,8 +756,10 @@ def test_a_running_run_without_a_job_is_queued_again(tx: Database) -> None:
 def test_a_heartbeat_learns_the_state_of_runs_and_of_those_that_are_gone(tx: Database) -> None:
     run, worker = small(tx)
     paused = start(tx)
-    tx.execute("select pgharness.pause_run(%s); ".encode(), (paused,))
-    learned = tx.execute("select * from pgharness.heartbeat(%s, 3, 'draining', %s, '{}')", (worker, [run, paused, 987654321])).fetchall()
+    tx.execute("select pgharness.pause_run(%s)", (paused,))
+    learned = tx.execute(
+        "select * from pgharness.heartbeat(%s, 3, 'draining', %s, '{}')", (worker, [run, paused, 987654321])
+    ).fetchall()
     assert learned == [(run, "running", 0), (paused, "paused", 0), (987654321, "deleted", 0)]
     assert rows(tx, "select in_flight, status from pgharness.workers") == [{"in_flight": 3, "status": "draining"}]
     with refused(tx, "PH005", "worker 987654321 is not registered", "Restart the worker."):
@@ -655,7 +769,7 @@ def test_a_heartbeat_learns_the_state_of_runs_and_of_those_that_are_gone(tx: Dat
 
 
 def test_a_job_whose_end_could_not_be_written_is_put_back_by_its_own_worker(tx: Database) -> None:
-    run, worker = small(tx)
+    _run, worker = small(tx)
     held, dropped = take(tx, worker), take(tx, worker)
     assert held is not None and dropped is not None
     beat = "select * from pgharness.heartbeat(%s, 1, 'running', '{}', %s)"
@@ -664,7 +778,9 @@ def test_a_job_whose_end_could_not_be_written_is_put_back_by_its_own_worker(tx: 
     tx.execute("update procrastinate.procrastinate_events set at = at - interval '1 minute'")
     tx.execute(beat.encode(), (worker, [held["id"]]))
     assert [job["id"] for job in jobs(tx, status="doing")] == [held["id"]]
-    (back,) = [job for job in jobs(tx) if job["id"] > dropped["id"] and job["args"].get("ordinals") == ordinals(dropped)]
+    (back,) = [
+        job for job in jobs(tx) if job["id"] > dropped["id"] and job["args"].get("ordinals") == ordinals(dropped)
+    ]
     assert back["args"]["crashes"] == 0
     assert orphans(tx) == []
 
@@ -697,7 +813,10 @@ def test_workers_of_before_the_queue_was_rebuilt_do_not_cost_new_ones_their_plac
     tx.execute("drop schema procrastinate cascade")
     tx.execute(schema.migrations()[0].text.encode())
     worker = register(tx, pid=2)
-    tx.execute("update pgharness.workers as o set queue_worker_id = n.queue_worker_id from pgharness.workers as n where n.id = %s", (worker,))
+    tx.execute(
+        "update pgharness.workers as o set queue_worker_id = n.queue_worker_id from pgharness.workers as n where n.id = %s",
+        (worker,),
+    )
     assert value(tx, "select pgharness.sweep()") == 0
     tx.execute("select pgharness.requeue_run(%s)", (run,))
     work_off(tx, worker)
@@ -718,4 +837,8 @@ def test_a_worker_is_registered_with_what_it_runs_on(tx: Database) -> None:
 
 def test_a_run_that_is_gone_is_loaded_as_null(tx: Database) -> None:
     assert value(tx, "select pgharness.load_run(987654321)") is None
-    assert value(tx, "select pgharness.load_inputs(987654321, '{1}', '{1}', '{1}')") == {"cases": None, "rubrics": None, "notes": None}
+    assert value(tx, "select pgharness.load_inputs(987654321, '{1}', '{1}', '{1}')") == {
+        "cases": None,
+        "rubrics": None,
+        "notes": None,
+    }
