@@ -44,7 +44,7 @@ begin
         pgharness.load_slice(bigint, jsonb),
         pgharness.record_outcomes(bigint, jsonb), pgharness.charge_crash(bigint, text, bigint),
         pgharness.register_worker(text, integer, text, text[], integer, jsonb), pgharness.attach_queue_worker(bigint, bigint),
-        pgharness.heartbeat(bigint, integer, text, bigint[], bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),
+        pgharness.heartbeat(bigint, jsonb, text, bigint[], bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),
         pgharness.lease_model(bigint, bigint, integer, integer), pgharness.take_requests(bigint, integer, bigint),
         pgharness.block_model(bigint, double precision)
         from pgharness_author;
@@ -58,7 +58,7 @@ begin
         pgharness.load_slice(bigint, jsonb),
         pgharness.record_outcomes(bigint, jsonb), pgharness.charge_crash(bigint, text, bigint),
         pgharness.register_worker(text, integer, text, text[], integer, jsonb), pgharness.attach_queue_worker(bigint, bigint),
-        pgharness.heartbeat(bigint, integer, text, bigint[], bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),
+        pgharness.heartbeat(bigint, jsonb, text, bigint[], bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),
         pgharness.lease_model(bigint, bigint, integer, integer), pgharness.take_requests(bigint, integer, bigint),
         pgharness.block_model(bigint, double precision), pgharness.log(bigint, text, text, jsonb), pgharness.record_result(bigint, text, jsonb)
         to pgharness_worker;

@@ -6,6 +6,7 @@ that nobody will do, jobs that nobody waits for. A test that broke something ass
 
 from __future__ import annotations
 
+import itertools
 import json
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from psycopg.rows import dict_row
 
 Database = psycopg.Connection[Any]
 Row = dict[str, Any]
+_TRIES = itertools.count(1)
 
 _ORPHANS = """
 with plan as (
@@ -377,7 +379,7 @@ def call(cost: float = 0.5, **fields: object) -> Row:
         "input_tokens": 10,
         "output_tokens": 5,
         "latency_ms": 12.5,
-        "started_at": "2026-01-01T00:00:00Z",
+        "started_at": f"2026-01-01T00:00:00.{next(_TRIES) % 1_000_000:06}Z",
     } | fields
 
 
@@ -395,12 +397,15 @@ def grade(run: int, ordinal: int, *satisfactions: float, **fields: object) -> Ro
 
 
 def failure(run: int, kind: str, ordinal: int, **fields: object) -> Row:
-    """Return the outcome of a try that failed: by default one that spends an attempt and may be tried again."""
+    """Return the outcome of a try that failed: by default one that spends an attempt and may be tried again.
+
+    Every one is a new try; the same dictionary sent twice is the same try.
+    """
     known = {
         "run_id": run,
         "kind": kind,
         "ordinal": ordinal,
-        "attempt": 1,
+        "attempt": next(_TRIES),
         "result": "failed",
         "cause": "server_error",
         "error": "status 500",

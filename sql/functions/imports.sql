@@ -28,7 +28,7 @@ begin
     ), judged as materialized (
         select x.*, case
                    when x.case_id is null or cardinality(x.differs) = 0 then null
-                   when x.run is not null and x.differs && '{input,target}'
+                   when x.run is not null and x.differs && '{input,target,metadata}'
                        then format('name: case "%s" exists with other %s, and run "%s" used it, so that is frozen; import it under another name',
                                    x.name, array_to_string(x.differs, ' and '), x.run)
                    when not import_cases.replace

@@ -242,11 +242,11 @@ begin
     end if;
     select d.name into new.dataset from datasets as d where d.id = new.dataset_id;
     perform _check_id('dataset', new.dataset_id, new.dataset);
-    new.digest := encode(sha256(convert_to(new.input::text || E'\n' || coalesce(new.target::text, ''), 'UTF8')), 'hex');
+    new.digest := encode(sha256(convert_to(concat_ws(E'\n', new.input, coalesce(new.target::text, ''), new.metadata), 'UTF8')), 'hex');
     if tg_op = 'UPDATE' and new.digest <> old.digest then
         select r.name into v_run from run_cases as rc join runs as r on r.id = rc.run_id where rc.case_id = old.id order by r.id limit 1;
         if v_run is not null then
-            raise exception 'case "%" was used by run "%": its input and target are frozen', old.name, v_run
+            raise exception 'case "%" was used by run "%": its input, target and metadata are frozen', old.name, v_run
                 using errcode = 'PH003', hint = 'Insert a new case under another name, and use that in the next instance.';
         end if;
     end if;
@@ -409,6 +409,8 @@ begin
         perform _check_metric(m.model, m.parameters || new.grader_parameters) from models as m
           where m.id = new.grader_id and m.provider = 'metric';
     end if;
+    perform _refuse_secrets(format('generator_parameters of combination "%s"', new.name), new.generator_parameters);
+    perform _refuse_secrets(format('grader_parameters of combination "%s"', new.name), new.grader_parameters);
     new.name := coalesce(new.name, case when new.grader is null then new.generator else new.generator || ' -> ' || new.grader end);
     return new;
 end;
@@ -424,6 +426,11 @@ begin
         -- before the table's own check, whose message would show the row: somebody may have pasted a key
         raise exception 'api_key_env of model "%" is not the name of an environment variable that ends in _KEY or _TOKEN', new.name
             using errcode = 'PH002', hint = 'Name the variable that holds the key on the workers, for example OPENAI_API_KEY; the key itself is never stored.';
+    end if;
+    perform _refuse_secrets(format('parameters of model "%s"', new.name), new.parameters);
+    if new.base_url ~ '^https?://[^/?#]*@' then
+        raise exception 'base_url of model "%" holds a user or password', new.name
+            using errcode = 'PH002', hint = 'Leave it out of the address; name the environment variable that holds the key in api_key_env.';
     end if;
     if new.provider = 'metric' then
         perform _check_metric(new.model, new.parameters);
@@ -442,6 +449,22 @@ begin
 end;
 $$;
 comment on function pgharness._check_models() is 'Refuse a model whose provider could never run it (PH002).';
+
+create or replace function pgharness._refuse_secrets(what text, parameters jsonb) returns void
+    language plpgsql immutable security invoker set search_path = pgharness, pg_temp
+as $$
+declare
+    v_key text;
+begin
+    select k into v_key from jsonb_object_keys(case when jsonb_typeof(parameters) = 'object' then parameters else '{}' end) as k
+     where k ~* '(^|[_-])(api[_-]?key|token|secret|password|authorization)$' limit 1;
+    if v_key is not null then
+        raise exception '% would store a secret under "%"', _refuse_secrets.what, v_key
+            using errcode = 'PH002', hint = 'Keep it in an environment variable of the workers, and name that in api_key_env (a program: in parameters.environment).';
+    end if;
+end;
+$$;
+comment on function pgharness._refuse_secrets(text, jsonb) is 'Refuse parameters that look like a key, token or password (PH002): no secret is stored.';
 
 create or replace function pgharness._check_metric(metric text, parameters jsonb) returns void
     language plpgsql stable security invoker set search_path = pgharness, pg_temp

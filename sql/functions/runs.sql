@@ -18,7 +18,9 @@ begin
         new.instance_id := _instance_id(new.instance);
     end if;
     -- the lock makes two starts of one instance take two different default names
-    select i.name, coalesce(new.budget_usd, i.budget_usd) into new.instance, new.budget_usd
+    select i.name, coalesce(new.budget_usd, i.budget_usd),
+           coalesce((select d.definition ->> 'failure_threshold' from run_definitions as d where d.run_id = new.rerun_of_id)::double precision, i.failure_threshold)
+      into new.instance, new.budget_usd, new.failure_threshold
       from instances as i where i.id = new.instance_id for no key update;
     perform _check_id('instance', new.instance_id, new.instance);
     if new.name is null then
@@ -230,19 +232,17 @@ create or replace function pgharness._settle_run(run_id bigint) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
-    v_run       runs;
-    v_threshold double precision;
-    v_failed    bigint;
+    v_run    runs;
+    v_failed bigint;
 begin
     select * into strict v_run from runs as r where r.id = _settle_run.run_id;
     if v_run.finished_at is not null then
         return;
     end if;
-    select (d.definition ->> 'failure_threshold')::double precision into v_threshold from run_definitions as d where d.run_id = v_run.id;
     v_failed := v_run.notes_failed + v_run.grades_failed + v_run.grades_skipped;
-    if v_failed > v_threshold * (v_run.note_count + v_run.grade_count) then
+    if v_failed > v_run.failure_threshold * (v_run.note_count + v_run.grade_count) then
         perform _set_status(v_run.id, 'failed', format('%s notes and %s grades failed (%s grades of failed notes are skipped), more than %s%% of %s',
-                                                       v_run.notes_failed, v_run.grades_failed, v_run.grades_skipped, round((v_threshold * 100)::numeric, 2),
+                                                       v_run.notes_failed, v_run.grades_failed, v_run.grades_skipped, round((v_run.failure_threshold * 100)::numeric, 2),
                                                        v_run.note_count + v_run.grade_count));
     elsif v_run.notes_succeeded + v_run.notes_failed = v_run.note_count
       and v_run.grades_succeeded + v_run.grades_failed + v_run.grades_skipped = v_run.grade_count then
@@ -352,22 +352,28 @@ $$;
 comment on function pgharness.pause_run(bigint, text) is
 'Stop starting calls of a run; calls in flight end and are kept. Idempotent. Raises PH001, PH003. Example: select pgharness.pause_run(7);';
 
-create or replace function pgharness.resume_run(run_id bigint, budget_usd numeric default null) returns pgharness.run_receipt
+create or replace function pgharness.resume_run(run_id bigint, budget_usd numeric default null, failure_threshold double precision default null)
+    returns pgharness.run_receipt
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
-    v_run    runs := _lock_run(resume_run.run_id);
-    v_budget numeric := coalesce(resume_run.budget_usd, v_run.budget_usd);
+    v_run       runs := _lock_run(resume_run.run_id);
+    v_budget    numeric := coalesce(resume_run.budget_usd, v_run.budget_usd);
+    v_threshold double precision := coalesce(resume_run.failure_threshold, v_run.failure_threshold);
 begin
-    if v_run.status in ('completed', 'failed') then
-        raise exception 'run % is already %', v_run.id, v_run.status
+    if v_run.status = 'completed' then
+        raise exception 'run % is already completed', v_run.id
             using errcode = 'PH003', hint = format('Try its failed items again: select pgharness.retry_failed(%s); or start anew: select pgharness.rerun(%s);', v_run.id, v_run.id);
+    elsif v_run.status = 'failed'
+      and v_run.notes_failed + v_run.grades_failed + v_run.grades_skipped > v_threshold * (v_run.note_count + v_run.grade_count) then
+        raise exception 'run % is already failed: more of its notes and grades failed than % percent of the plan', v_run.id, round((v_threshold * 100)::numeric, 2)
+            using errcode = 'PH003', hint = format('Try them again: select pgharness.retry_failed(%s); or go on without them: select pgharness.resume_run(%s, failure_threshold => 1);', v_run.id, v_run.id);
     elsif v_budget <= v_run.note_cost_usd + v_run.grade_cost_usd then
         raise exception 'run % has spent % USD of its budget of % USD', v_run.id, round(v_run.note_cost_usd + v_run.grade_cost_usd, 4), trim_scale(v_budget)
             using errcode = 'PH006', hint = format('Raise it: select pgharness.resume_run(%s, budget_usd => %s);', v_run.id,
                                                    trim_scale(round((v_run.note_cost_usd + v_run.grade_cost_usd) * 2, 2) + 1));
     end if;
-    update runs as r set budget_usd = v_budget where r.id = v_run.id;
+    update runs as r set budget_usd = v_budget, failure_threshold = v_threshold where r.id = v_run.id;
     if v_run.status <> 'running' then
         perform _set_status(v_run.id, 'running', null);
         perform _requeue(v_run.id);
@@ -375,8 +381,8 @@ begin
     return _receipt(v_run.id);
 end;
 $$;
-comment on function pgharness.resume_run(bigint, numeric) is
-'Continue a paused or cancelled run with what it has not done yet, optionally with another budget. Idempotent. Raises PH001, PH003 (it is finished), PH006 (the budget is still spent). Example: select pgharness.resume_run(7, budget_usd => 20);';
+comment on function pgharness.resume_run(bigint, numeric, double precision) is
+'Continue a paused, cancelled or failed run with what it has not done yet, optionally with another budget or failure threshold. Calls that are still in flight from before may be made twice; their outcome counts once. Idempotent. Raises PH001, PH003 (it is completed, or too much of it failed), PH006 (the budget is still spent). Example: select pgharness.resume_run(7, budget_usd => 20);';
 
 create or replace function pgharness.cancel_run(run_id bigint, reason text default 'cancelled by hand') returns pgharness.run_receipt
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -400,24 +406,32 @@ create or replace function pgharness.retry_failed(run_id bigint) returns pgharne
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
-    v_run   runs := _lock_run(retry_failed.run_id);
-    v_count bigint;
+    v_run    runs := _lock_run(retry_failed.run_id);
+    v_notes  bigint[];
+    v_grades bigint[];
 begin
     if v_run.status = 'cancelled' then
         raise exception 'run % is cancelled', v_run.id
             using errcode = 'PH003', hint = format('Continue it first: select pgharness.resume_run(%s);', v_run.id);
     end if;
-    update failures as f set status = 'waiting', attempts = 0, delays = 0, crashes = 0, next_attempt_at = clock(), updated_at = clock()
-     where f.run_id = v_run.id and f.status = 'failed';
-    get diagnostics v_count = row_count;
-    if v_count = 0 then
+    with reset as (
+        update failures as f
+           set status = 'waiting', attempts = 0, delays = 0, crashes = 0, first_delayed_at = null, next_attempt_at = clock(), updated_at = clock()
+         where f.run_id = v_run.id and f.status = 'failed'
+        returning f.kind, f.ordinal
+    )
+    select coalesce(array_agg(x.ordinal order by x.ordinal) filter (where x.kind = 'note'), '{}'),
+           coalesce(array_agg(x.ordinal order by x.ordinal) filter (where x.kind = 'grade'), '{}')
+      into v_notes, v_grades from reset as x;
+    if v_notes || v_grades = '{}' then
         return _receipt(v_run.id);
     end if;
     update runs as r set notes_failed = 0, grades_failed = 0, grades_skipped = 0 where r.id = v_run.id;
-    if v_run.finished_at is not null then
+    if v_run.status = 'running' then                    -- what is in flight goes on
+        perform _defer_list(v_run.id, 'note', v_notes, 100);
+        perform _defer_list(v_run.id, 'grade', v_grades, 100);
+    elsif v_run.finished_at is not null then
         perform _set_status(v_run.id, 'running', null);
-    end if;
-    if v_run.status <> 'paused' then
         perform _requeue(v_run.id);
     end if;
     return _receipt(v_run.id);
@@ -454,10 +468,11 @@ create or replace function pgharness.pause_run(run text, reason text default 'pa
 as $$ select pause_run(_run_id(pause_run.run), pause_run.reason); $$;
 comment on function pgharness.pause_run(text, text) is 'pause_run() of a run given by name. Example: select pgharness.pause_run(''triage-v2/1'');';
 
-create or replace function pgharness.resume_run(run text, budget_usd numeric default null) returns pgharness.run_receipt
+create or replace function pgharness.resume_run(run text, budget_usd numeric default null, failure_threshold double precision default null)
+    returns pgharness.run_receipt
     language sql volatile security invoker set search_path = pgharness, pg_temp
-as $$ select resume_run(_run_id(resume_run.run), resume_run.budget_usd); $$;
-comment on function pgharness.resume_run(text, numeric) is 'resume_run() of a run given by name. Example: select pgharness.resume_run(''triage-v2/1'');';
+as $$ select resume_run(_run_id(resume_run.run), resume_run.budget_usd, resume_run.failure_threshold); $$;
+comment on function pgharness.resume_run(text, numeric, double precision) is 'resume_run() of a run given by name. Example: select pgharness.resume_run(''triage-v2/1'');';
 
 create or replace function pgharness.cancel_run(run text, reason text default 'cancelled by hand') returns pgharness.run_receipt
     language sql volatile security invoker set search_path = pgharness, pg_temp

@@ -4,10 +4,10 @@
 create or replace function pgharness._slice_size(items bigint) returns integer
     language sql stable security invoker set search_path = pgharness, pg_temp
 as $$
-    select greatest(1, least(500, ceil(items / (8.0 * greatest(1, (select count(*) from workers as w where w.status = 'running'))))))::integer;
+    select greatest(1, least(500, ceil(items / greatest(64.0, 8 * (select count(*) from workers as w where w.status = 'running')))))::integer;
 $$;
 comment on function pgharness._slice_size(bigint) is
-'How many items a slice holds: small enough to spread a run over the workers alive, at most 500 so that the queue''s per-job cost does not show.';
+'How many items a slice holds: small enough to spread a run over the workers alive and those to come, at most 500 so that the queue''s per-job cost does not show.';
 
 create or replace function pgharness._queue_exists() returns boolean
     language sql stable security invoker set search_path = pgharness, pg_temp
@@ -117,7 +117,7 @@ begin
     update runs as r set epoch = r.epoch + 1 where r.id = _requeue.run_id returning r.* into v_run;
     update failures as f set next_attempt_at = clock() where f.run_id = v_run.id and f.status = 'waiting' and f.next_attempt_at > clock();
     select d.grade_stride into v_stride from run_definitions as d where d.run_id = v_run.id;
-    v_size := _slice_size(v_run.note_count + v_run.grade_count - v_run.notes_succeeded - v_run.grades_succeeded);
+    v_size := _slice_size(v_run.note_count - v_run.notes_succeeded);
     -- whole ranges of notes with anything missing; a slice runs only what it finds missing
     perform _defer(v_run.id, 'note', array(
         select jsonb_build_object('first', b.first, 'last', least(b.first + v_size, v_run.note_count) - 1)
@@ -129,6 +129,7 @@ begin
             on f.bucket = b.first / v_size
          where coalesce(n.done, 0) + coalesce(f.failed, 0) < least(v_size, v_run.note_count - b.first)
          order by b.first), null);
+    v_size := greatest(1, _slice_size(v_run.grade_count - v_run.grades_succeeded) / v_stride);
     perform _defer(v_run.id, 'grade', array(
         select jsonb_build_object('first', n.bucket * v_size * v_stride, 'last', (n.bucket + 1) * v_size * v_stride - 1)
           from (select n.ordinal / v_size as bucket, sum(c.grades_per_note) as planned
@@ -259,6 +260,9 @@ begin
         select * into strict v_definition from run_definitions as d where d.run_id = v_run.id;
         v_mine := array(select o from unnest(v_outcomes) as o where o.run_id = v_run.id);
         perform _record_calls(record_outcomes.worker_id, v_run.id, v_mine);
+        -- a call that was aborted killed nobody
+        update failures as f set crashes = f.crashes - 1
+          from unnest(v_mine) as o where o.result = 'cancelled' and f.run_id = o.run_id and f.kind = o.kind and f.ordinal = o.ordinal and f.crashes > 0;
         if v_run.finished_at is null then
             v_notes := _record_notes(v_run, v_definition, v_mine);
             v_grades := _record_grades(v_definition, v_mine);
@@ -349,6 +353,8 @@ begin
     for v_outcome in
         select o.* from unnest(outcomes) as o
          where o.result = 'failed' and o.ordinal in (select _missing(o.run_id, o.kind, array[o.ordinal]))
+           -- else it was recorded before, by a batch whose commit was not heard of
+           and not exists (select from failures as f where f.run_id = o.run_id and f.kind = o.kind and f.ordinal = o.ordinal and f.tries >= o.attempt)
     loop
         insert into failures as f (run_id, kind, ordinal, status, cause, error) values (v_outcome.run_id, v_outcome.kind, v_outcome.ordinal, 'waiting', '', '')
         on conflict on constraint failures_pkey do update set updated_at = clock()
@@ -359,7 +365,8 @@ begin
         v_failure.cause := v_outcome.cause;
         v_failure.error := v_outcome.error;
         v_failure.answer := v_outcome.answer;
-        if v_failure.attempts >= v_attempts or v_failure.delays >= 50 or not v_outcome.is_retryable then
+        v_failure.first_delayed_at := case when not v_outcome.spends_attempt then coalesce(v_failure.first_delayed_at, clock()) end;
+        if v_failure.attempts >= v_attempts or v_failure.first_delayed_at < clock() - interval '1 day' or not v_outcome.is_retryable then
             v_failure.status := 'failed';
             v_failure.next_attempt_at := null;
         else
@@ -367,7 +374,8 @@ begin
                 v_outcome.retry_after, case when v_outcome.spends_attempt then v_delay * 2 ^ (v_failure.attempts - 1) else 2 ^ least(v_failure.delays - 1, 8) end));
         end if;
         update failures as f
-           set status = v_failure.status, attempts = v_failure.attempts, delays = v_failure.delays, tries = greatest(f.tries + 1, v_outcome.attempt), crashes = 0, cause = v_failure.cause,
+           set status = v_failure.status, attempts = v_failure.attempts, delays = v_failure.delays, tries = greatest(f.tries + 1, v_outcome.attempt), crashes = 0,
+               first_delayed_at = v_failure.first_delayed_at, cause = v_failure.cause,
                error = v_failure.error, answer = v_failure.answer, next_attempt_at = v_failure.next_attempt_at, updated_at = clock()
          where f.run_id = v_failure.run_id and f.kind = v_failure.kind and f.ordinal = v_failure.ordinal;
         v_failures := v_failures || v_failure;
@@ -376,7 +384,7 @@ begin
 end;
 $$;
 comment on function pgharness._record_failures(pgharness.run_definitions, pgharness.outcome[]) is
-'Spend an attempt, or only wait after a rate limit or outage (at most 50 times), and set each item''s next try, or fail it for good; returns the rows.';
+'Spend an attempt, or only wait after a rate limit or outage (for at most a day of nothing else), and set each item''s next try, or fail it for good; returns the rows.';
 
 create or replace function pgharness._retry_delay(retry_after double precision, backoff double precision) returns double precision
     language sql volatile security invoker set search_path = pgharness, pg_temp
@@ -391,15 +399,16 @@ create or replace function pgharness._record_calls(worker_id bigint, run_id bigi
     language sql volatile security definer set search_path = pgharness, pg_temp
 as $$
     with recorded as (
-        insert into calls (run_id, kind, ordinal, attempt, model_id, worker_id, outcome, error, answer, http_status, finish_reason, request_id,
+        insert into calls (run_id, kind, ordinal, attempt, model_id, worker_id, outcome, error, answer, http_status, finish_reason, request_id, answered_by,
                            input_tokens, output_tokens, cached_tokens, cost_usd, latency_ms, started_at)
         select o.run_id, o.kind, o.ordinal, o.attempt, c.model_id, _record_calls.worker_id, c.outcome, c.error, c.answer, c.http_status,
-               c.finish_reason, c.request_id, coalesce(c.input_tokens, 0), coalesce(c.output_tokens, 0), coalesce(c.cached_tokens, 0),
+               c.finish_reason, c.request_id, c.answered_by, coalesce(c.input_tokens, 0), coalesce(c.output_tokens, 0), coalesce(c.cached_tokens, 0),
                coalesce(c.cost_usd, 0), c.latency_ms, c.started_at
           from unnest(outcomes) as o
          cross join lateral jsonb_to_recordset(o.calls) as c (
-               model_id bigint, outcome text, error text, answer text, http_status integer, finish_reason text, request_id text,
+               model_id bigint, outcome text, error text, answer text, http_status integer, finish_reason text, request_id text, answered_by text,
                input_tokens integer, output_tokens integer, cached_tokens integer, cost_usd numeric, latency_ms double precision, started_at timestamptz)
+        on conflict on constraint calls_run_id_kind_ordinal_attempt_started_at_key do nothing
         returning kind, cost_usd
     ), spent as (
         select coalesce(sum(c.cost_usd) filter (where c.kind = 'note'), 0) as note, coalesce(sum(c.cost_usd) filter (where c.kind = 'grade'), 0) as grade
@@ -500,7 +509,7 @@ $$;
 comment on function pgharness.attach_queue_worker(bigint, bigint) is
 'For workers: say under which id the queue knows a worker, before it takes its first job. Raises PH004 when a worker alive has that id, for they would take each other''s jobs for lost. Example: select pgharness.attach_queue_worker(1, 5);';
 
-create or replace function pgharness.heartbeat(worker_id bigint, in_flight integer, state text, runs bigint[], jobs bigint[])
+create or replace function pgharness.heartbeat(worker_id bigint, in_flight jsonb, state text, runs bigint[], jobs bigint[])
     returns table (run_id bigint, status text, epoch integer)
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
@@ -532,8 +541,8 @@ begin
       from unnest(heartbeat.runs) as r (id) left join pgharness.runs as now_ on now_.id = r.id;
 end;
 $$;
-comment on function pgharness.heartbeat(bigint, integer, text, bigint[], bigint[]) is
-'For workers, every second: a sign of life, with the runs and jobs it works on; answers the state of those runs ("deleted" for one that is gone). Raises PH005 when the worker is unknown. Example: select * from pgharness.heartbeat(1, 0, ''running'', ''{}'', ''{}'');';
+comment on function pgharness.heartbeat(bigint, jsonb, text, bigint[], bigint[]) is
+'For workers, every second: a sign of life, with the runs and jobs it works on; answers the state of those runs ("deleted" for one that is gone). Raises PH005 when the worker is unknown. Example: select * from pgharness.heartbeat(1, ''{}'', ''running'', ''{}'', ''{}'');';
 
 create or replace function pgharness._put_back(job_id bigint, has_crashed boolean) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -577,7 +586,7 @@ create or replace function pgharness.sweep(stale_after interval default '30 seco
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
-    v_job   bigint;
+    v_job   record;
     v_run   bigint;
     v_count integer := 0;
 begin
@@ -587,12 +596,13 @@ begin
     update workers as w set status = 'lost' where w.status in ('running', 'draining') and w.heartbeat_at < clock() - stale_after;
     delete from model_leases as l using workers as w where w.id = l.worker_id and w.status in ('lost', 'stopped');
     for v_job in
-        select j.id from procrastinate.procrastinate_jobs as j
+        select j.id, exists (select from workers as w where w.queue_worker_id = j.worker_id and w.status = 'stopped') as has_stopped
+          from procrastinate.procrastinate_jobs as j
          where j.status = 'doing' and j.task_name = 'pgharness.slice'
            and not exists (select from workers as w where w.queue_worker_id = j.worker_id and w.status in ('running', 'draining'))
-         order by (j.args ->> 'run_id')::bigint for update skip locked
+         order by (j.args ->> 'run_id')::bigint for update of j skip locked
     loop
-        perform _put_back(v_job, true);
+        perform _put_back(v_job.id, not v_job.has_stopped);
         v_count := v_count + 1;
     end loop;
     -- never that of a worker alive, which could take no job without it: its heartbeats are in our own table

@@ -80,7 +80,7 @@ comment on table pgharness.cases is
 comment on column pgharness.cases.input is
 'What the generator gets. A transcript is an array of {"speaker", "text"} objects, or an object with such an array under "transcript".';
 comment on column pgharness.cases.target is 'The expected answer, for metrics and for graders without a rubric; null when there is none.';
-comment on column pgharness.cases.digest is 'SHA-256 of input and target, filled by the database.';
+comment on column pgharness.cases.digest is 'SHA-256 of input, target and metadata, filled by the database.';
 
 create table pgharness.models (
     id                           bigint generated always as identity,

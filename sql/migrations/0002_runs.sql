@@ -13,6 +13,7 @@ create table pgharness.runs (
     priority          integer not null default 0,
     epoch             integer not null default 0,
     budget_usd        numeric(12, 6),
+    failure_threshold double precision not null default 0.2,
     note_count        bigint not null default 0,
     grade_count       bigint not null default 0,
     notes_succeeded   bigint not null default 0,
@@ -36,6 +37,7 @@ create table pgharness.runs (
     constraint runs_finished_at_check check ((finished_at is not null) = (status in ('completed', 'failed', 'cancelled'))),
     constraint runs_activated_at_check check ((activated_at is not null) = (status = 'running')),
     constraint runs_budget_usd_check check (budget_usd > 0),
+    constraint runs_failure_threshold_check check (failure_threshold between 0 and 1),
     constraint runs_priority_check check (priority between -1000 and 1000),
     constraint runs_counts_check check (notes_succeeded + notes_failed <= note_count
                                         and grades_succeeded + grades_failed + grades_skipped <= grade_count),
@@ -135,7 +137,7 @@ create table pgharness.workers (
     environment     jsonb not null default '{}',
     queue_worker_id bigint,
     status          text not null default 'running',
-    in_flight       integer not null default 0,
+    in_flight       jsonb not null default '{}',
     started_at      timestamptz not null default now(),
     heartbeat_at    timestamptz not null default now(),
     constraint workers_pkey primary key (id),
@@ -210,6 +212,7 @@ create table pgharness.failures (
     delays          integer not null default 0,
     tries           integer not null default 0,
     crashes         integer not null default 0,
+    first_delayed_at timestamptz,
     cause           text not null,
     error           text not null,
     answer          text,
@@ -243,6 +246,7 @@ create table pgharness.calls (
     http_status   integer,
     finish_reason text,
     request_id    text,
+    answered_by   text,
     input_tokens  integer not null default 0,
     output_tokens integer not null default 0,
     cached_tokens integer not null default 0,
@@ -250,9 +254,10 @@ create table pgharness.calls (
     latency_ms    double precision not null,
     started_at    timestamptz not null,
     constraint calls_pkey primary key (id),
+    -- a batch whose commit was not heard of is sent again: its calls count once
+    constraint calls_run_id_kind_ordinal_attempt_started_at_key unique (run_id, kind, ordinal, attempt, started_at),
     constraint calls_run_id_fkey foreign key (run_id) references pgharness.runs (id) on delete cascade
 ) with (autovacuum_vacuum_insert_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.02);
-create index calls_run_id_idx on pgharness.calls (run_id, kind, ordinal);
 create index calls_model_id_idx on pgharness.calls (model_id, id);
 comment on table pgharness.calls is
 'One row per request to a model that ended, whatever its outcome: tokens, cost, latency, finish reason. Written with the outcome it led to.';
@@ -350,6 +355,7 @@ comment on type pgharness.outcome is
 comment on column pgharness.runs.rerun_of_id is 'The run whose frozen definition it repeats.';
 comment on column pgharness.runs.priority is 'Runs of higher priority are worked on first.';
 comment on column pgharness.runs.budget_usd is 'Cost at which it pauses; null means none.';
+comment on column pgharness.runs.failure_threshold is 'Share of the planned notes and grades that may fail before it stops as failed; the instance''s, until resume_run() changes it.';
 comment on column pgharness.runs.note_count is 'Notes planned.';
 comment on column pgharness.runs.grade_count is 'Grades planned.';
 comment on column pgharness.runs.notes_succeeded is 'Notes there are.';
@@ -375,7 +381,7 @@ comment on column pgharness.workers.pid is 'Its process id on its host.';
 comment on column pgharness.workers.version is 'The version of pgharness that it runs.';
 comment on column pgharness.workers.queues is 'The queues it serves: note, grade.';
 comment on column pgharness.workers.concurrency is 'Calls that it may have in flight.';
-comment on column pgharness.workers.in_flight is 'Calls in flight at its last heartbeat.';
+comment on column pgharness.workers.in_flight is 'Calls in flight at its last heartbeat: to each run''s id, how many for notes and for grades, as in {"7": {"note": 3, "grade": 1}}.';
 comment on column pgharness.workers.heartbeat_at is 'Its last sign of life; one a second.';
 comment on column pgharness.run_workers.started_at is 'When it took the first slice of the run.';
 comment on column pgharness.notes.ordinal is 'Its number in the run''s plan, from 0.';
@@ -392,12 +398,14 @@ comment on column pgharness.grades.max_score is 'Sum of the criteria''s weights;
 comment on column pgharness.failures.kind is 'note or grade.';
 comment on column pgharness.failures.ordinal is 'The item''s number in the run''s plan.';
 comment on column pgharness.failures.delays is 'Tries that spent no attempt: rate limits and outages.';
+comment on column pgharness.failures.first_delayed_at is 'Since when there were only rate limits and outages; after a day of them the item fails.';
 comment on column pgharness.failures.cause is 'How the last try ended: the outcome of its call, crashed (a worker died of it) or not_recordable.';
 comment on column pgharness.failures.next_attempt_at is 'When a waiting item is tried again.';
 comment on column pgharness.calls.kind is 'What the model was asked for: note or grade.';
 comment on column pgharness.calls.ordinal is 'The number of that note or grade in the run''s plan.';
 comment on column pgharness.calls.http_status is 'Null when there was no answer, or no HTTP.';
 comment on column pgharness.calls.finish_reason is 'Why the model stopped, in the provider''s words.';
+comment on column pgharness.calls.answered_by is 'The model as the provider named it in its answer; of a program, the commit that ran.';
 comment on column pgharness.calls.request_id is 'What the provider calls the request, for its support.';
 comment on column pgharness.calls.cached_tokens is 'The part of input_tokens that the provider served from its cache.';
 comment on column pgharness.calls.cost_usd is 'By the prices that the run froze.';

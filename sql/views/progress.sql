@@ -3,8 +3,8 @@
 create or replace view pgharness.run_progress with (security_invoker = true) as
 select r.id as run_id, r.name as run, r.instance, r.kind, r.status, r.reason,
        trunc(100.0 * (done.notes + done.grades + r.grades_skipped) / nullif(r.note_count + r.grade_count, 0), 1) as percent_done,
-       r.note_count, r.notes_succeeded, r.notes_failed, waiting.notes as notes_waiting,
-       r.grade_count, r.grades_succeeded, r.grades_failed, r.grades_skipped, waiting.grades as grades_waiting,
+       r.note_count, staff.notes as notes_running, r.notes_succeeded, r.notes_failed, waiting.notes as notes_waiting,
+       r.grade_count, staff.grades as grades_running, r.grades_succeeded, r.grades_failed, r.grades_skipped, waiting.grades as grades_waiting,
        round(speed.items_per_second::numeric, 3) as items_per_second,
        round(remaining.seconds::numeric, 1) as seconds_left,
        now.at + make_interval(secs => remaining.seconds) as expected_finish_at,
@@ -13,7 +13,7 @@ select r.id as run_id, r.name as run, r.instance, r.kind, r.status, r.reason,
                   when left_over.grades = 0 then r.note_cost_usd * r.note_count / nullif(done.notes, 0) + r.grade_cost_usd
                   else r.note_cost_usd * r.note_count / nullif(done.notes, 0)
                        + r.grade_cost_usd * (done.grades + left_over.grades) / nullif(done.grades, 0) end, 6) as projected_cost_usd,
-       r.budget_usd, staff.worker_count, staff.in_flight,
+       r.budget_usd, staff.worker_count,
        round(active.seconds::numeric, 1) as active_seconds, r.created_at as started_at, r.finished_at
   from pgharness.runs as r
  cross join lateral (select pgharness.clock() as at) as now
@@ -29,7 +29,8 @@ select r.id as run_id, r.name as run, r.instance, r.kind, r.status, r.reason,
        select count(*) filter (where f.kind = 'note') as notes, count(*) filter (where f.kind = 'grade') as grades
          from pgharness.failures as f where f.run_id = r.id and f.status = 'waiting') as waiting
  cross join lateral (
-       select count(*) as worker_count, coalesce(sum(w.in_flight), 0) as in_flight
+       select count(*) as worker_count, coalesce(sum((w.in_flight -> r.id::text ->> 'note')::integer), 0) as notes,
+              coalesce(sum((w.in_flight -> r.id::text ->> 'grade')::integer), 0) as grades
          from pgharness.run_workers as rw
          join pgharness.workers as w on w.id = rw.worker_id
         where rw.run_id = r.id and r.status = 'running'
@@ -53,7 +54,8 @@ comment on column pgharness.run_progress.projected_cost_usd is
 'Cost so far plus what is left at the mean cost of the notes and grades decided; null before the first of each is.';
 comment on column pgharness.run_progress.budget_usd is 'Cost at which the run pauses; null means none.';
 comment on column pgharness.run_progress.worker_count is 'Workers with a heartbeat in the last 30 seconds that took work of this run; 0 unless it is running.';
-comment on column pgharness.run_progress.in_flight is 'Calls that those workers have in flight now, for this run and others.';
+comment on column pgharness.run_progress.notes_running is 'Notes for which a call is in flight, by the workers'' last heartbeats; likewise grades_running.';
+comment on column pgharness.run_progress.grades_running is 'Grades for which a call is in flight, by the workers'' last heartbeats.';
 comment on column pgharness.run_progress.active_seconds is 'Seconds spent running; pauses do not count.';
 
 create or replace view pgharness.recent_activity with (security_invoker = true) as
@@ -141,7 +143,8 @@ comment on column pgharness.failure_causes.example_error is 'The latest error of
 create or replace view pgharness.worker_health with (security_invoker = true) as
 select w.id as worker_id, w.host, w.pid, w.version,
        case when w.status in ('running', 'draining') and beat.seconds > 30 then 'stale' else w.status end as status,
-       w.queues, w.concurrency, w.in_flight, round(beat.seconds, 1) as seconds_since_heartbeat,
+       w.queues, w.concurrency,
+       (select coalesce(sum(c.value::integer), 0) from jsonb_each(w.in_flight) as r cross join lateral jsonb_each_text(r.value) as c) as in_flight, round(beat.seconds, 1) as seconds_since_heartbeat,
        case when w.status in ('running', 'draining')
             then array(select r.name from pgharness.run_workers as rw join pgharness.runs as r on r.id = rw.run_id
                         where rw.worker_id = w.id and r.status = 'running' order by r.id) else '{}' end as runs,

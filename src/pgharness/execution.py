@@ -14,7 +14,7 @@ import logging
 import random
 import time
 import traceback
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -22,7 +22,7 @@ from hashlib import blake2b
 from typing import Any
 
 from pgharness.database import TRANSIENT, Database, Row
-from pgharness.errors import CodeFailed, InvalidOutput, ModelError, RequestRejected
+from pgharness.errors import CodeFailed, HarnessError, InvalidOutput, ModelError, RequestRejected
 from pgharness.gateway import Gateway
 from pgharness.gateway.limits import Limits
 from pgharness.grading import criteria_values, read_verdicts, score_metric, verdict_schema
@@ -39,7 +39,8 @@ _CACHED_INPUTS = 2_000
 _CACHED_RUNS = 50
 _OUTPUT_TOKENS_GUESS = 500
 _LAST_WRITES_SECONDS = 20.0
-_PROGRAM_LIMIT = "54"  # SQLSTATE class of what is too large or too deep for the server: never an outage
+_CODE = ("command", "python")
+_REFUSALS = ("22", "23", "54", "PH")  # SQLSTATE classes: bad value, constraint, too large or deep, our own words
 
 
 class HandedBack(Exception):
@@ -104,7 +105,7 @@ class Engine:
         self._room = asyncio.Event()
         self._room.set()
         self._loading = 0
-        self.in_flight = 0
+        self._in_flight: Counter[tuple[int, ItemKind]] = Counter()
         self.is_draining = False
 
     # -- what the process asks of it
@@ -113,6 +114,15 @@ class Engine:
     def open_runs(self) -> list[int]:
         """Ids of the runs with items here."""
         return [run.run_id for run in self._runs.values() if run.slices]
+
+    @property
+    def in_flight(self) -> dict[str, dict[str, int]]:
+        """How many calls are in flight, by run and kind of item, as a heartbeat tells it."""
+        self._in_flight = +self._in_flight  # forget runs that have none
+        told: dict[str, dict[str, int]] = {}
+        for (run_id, kind), count in self._in_flight.items():
+            told.setdefault(str(run_id), {})[kind] = count
+        return told
 
     async def wait_for_room(self) -> None:
         """Wait until another slice would keep calls in flight: a worker takes no more work than it can start soon."""
@@ -306,11 +316,11 @@ class Engine:
             self._stop_waiting(_this_task())
             if item.is_suspect and (crash := await self._charge(run, work, item)):
                 return crash
-            self.in_flight += 1
+            self._in_flight[run.run_id, work.kind] += 1
             try:
                 return await self._ask(run, work.kind, item, spec, completer, request, tokens)
             finally:
-                self.in_flight -= 1
+                self._in_flight[run.run_id, work.kind] -= 1
 
     async def _charge(self, run: _Run, work: Slice, item: _Item) -> Row | None:
         """Count the crash that follows if this process dies of the item; return its failure after enough of them."""
@@ -390,8 +400,11 @@ class Engine:
     def _request(self, run: _Run, kind: ItemKind, item: _Item, spec: ModelSpec) -> Request:
         definition, row = run.definition, item.row
         seed = _seed(definition["seed"], kind, item.ordinal)
+        case = item.case
+        if kind == "note" and spec.provider in _CODE:
+            case = {name: value for name, value in case.items() if name != "target"}  # the answer is not given away
         facts: dict[str, Any] = {
-            "case": item.case,
+            "case": case,
             "config": definition["config"],
             "overlap": row["overlap"],
             "replication": row["replication"],
@@ -524,6 +537,7 @@ def _reply_fields(spec: ModelSpec, used: tuple[int, int, int], reply: Completion
         "cost_usd": spec.price(*used),
         "finish_reason": reply.finish_reason,
         "request_id": reply.request_id,
+        "answered_by": reply.model if isinstance(reply, Completion) else None,
     }
 
 
@@ -603,7 +617,7 @@ class Recorder:
                 )
                 break
             except Exception as exc:  # whatever it is, those who wait are told, and the recorder lives on
-                if not isinstance(exc, TRANSIENT) or (exc.sqlstate or "").startswith(_PROGRAM_LIMIT):
+                if _is_refusal(exc):
                     await self._write_singly(batch, exc)
                     return
                 if self._deadline and time.monotonic() > self._deadline:
@@ -627,6 +641,16 @@ class Recorder:
             _settle(batch, error)
         else:
             await self._write([_Entry(refused, entry.written)])
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Tell whether the database will never take these values; anything else is trouble that may pass.
+
+    A server that restarts, became read-only or lost our privileges for a while says nothing about the outcome, whose
+    call is paid for.
+    """
+    code = getattr(error, "sqlstate", None)
+    return not isinstance(error, TRANSIENT | HarnessError) if code is None else code.startswith(_REFUSALS)
 
 
 class _Entry:

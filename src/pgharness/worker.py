@@ -29,7 +29,7 @@ from types import FrameType
 
 from pgharness import __version__, database, schema
 from pgharness.database import TRANSIENT, Database
-from pgharness.errors import HarnessError, SchemaOutOfDate
+from pgharness.errors import HarnessError, LeaseLost, SchemaOutOfDate
 from pgharness.execution import Engine
 from pgharness.gateway import Gateway
 from pgharness.queue import Queue
@@ -58,17 +58,17 @@ class WorkerOptions:
 
 def environment() -> dict[str, object]:
     """Return how this process would make a run: versions, and the git state of its working directory."""
-    packages = {
-        name: importlib.metadata.version(name)
-        for name in ("pgharness", "procrastinate", "psycopg", "httpx", "pydantic")
-    }
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": packages,
+        "packages": {found.name: found.version for found in sorted(importlib.metadata.distributions(), key=_name)},
         "git_commit": _git("rev-parse", "HEAD"),
         "git_is_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def _name(distribution: importlib.metadata.Distribution) -> str:
+    return distribution.name.lower()
 
 
 def _git(*arguments: str) -> str | None:
@@ -139,15 +139,19 @@ class _Process:
         self._worker_id = worker_id
         self._parent_pid = parent_pid
         self._stale_seconds = stale_seconds
+        self._beat_at = self._sweep_at = time.monotonic()
+        self._is_forgotten = False
 
     async def run(self, queues: Sequence[str]) -> None:
-        heartbeat = asyncio.create_task(self._keep_beating())
+        tasks = [asyncio.create_task(self._keep_beating()), asyncio.create_task(self._keep_sweeping())]
         try:
             await self._queue.run(queues)
         finally:
-            heartbeat.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await heartbeat
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if self._is_forgotten:
+            raise LeaseLost("this worker is not registered any more: its database was restored or rebuilt")
 
     def stop(self) -> None:
         if not self._queue.is_stopping:
@@ -173,29 +177,38 @@ class _Process:
         self._engine.apply_states(states)
 
     async def _keep_beating(self) -> None:
-        """Show life, learn which runs ended, and put back what other workers left, once a second or so."""
-        beat_at = sweep_at = time.monotonic()
+        """Show life and learn which runs ended, once a second or so."""
         while True:
             if os.getppid() != self._parent_pid and not self._queue.is_stopping:
                 logger.warning("the supervisor is gone: draining")
                 self.stop()
             try:
                 await self.beat("draining" if self._queue.is_stopping else "running")
-                last, beat_at = beat_at, time.monotonic()
-                if beat_at - last > self._stale_seconds * 0.6:
+                last, self._beat_at = self._beat_at, time.monotonic()
+                if self._beat_at - last > self._stale_seconds * 0.6:
                     # the database was away, for others too: nobody counts as lost before they could show life
-                    sweep_at = beat_at + self._stale_seconds
-                elif beat_at >= sweep_at:
-                    await self._sweep()
-                    sweep_at = time.monotonic() + min(self._stale_seconds / 6, 5.0)
+                    self._sweep_at = self._beat_at + self._stale_seconds
+            except LeaseLost:
+                self._is_forgotten = True
+                self.abort()
+                return
             except Exception as exc:  # whatever it is: without a heartbeat this worker would count as lost
                 logger.log(logging.WARNING if isinstance(exc, TRANSIENT) else logging.ERROR, "no heartbeat: %s", exc)
             await asyncio.sleep(min(_HEARTBEAT_SECONDS, self._stale_seconds / 10))
 
-    async def _sweep(self) -> None:
-        swept = await self._pool.call("sweep", stale_after=f"{self._stale_seconds} seconds")
-        if swept[0]["sweep"]:
-            logger.warning("%s slices of lost workers were queued again", swept[0]["sweep"])
+    async def _keep_sweeping(self) -> None:
+        """Put back what other workers left, every few seconds; beside the heartbeat, for it may take long."""
+        while True:
+            await asyncio.sleep(min(_HEARTBEAT_SECONDS, self._stale_seconds / 10))
+            if time.monotonic() < self._sweep_at:
+                continue
+            try:
+                swept = await self._pool.call("sweep", stale_after=f"{self._stale_seconds} seconds")
+                if swept[0]["sweep"]:
+                    logger.warning("%s slices of lost workers were queued again", swept[0]["sweep"])
+            except Exception as exc:  # whatever it is: the next sweep may succeed
+                logger.log(logging.WARNING if isinstance(exc, TRANSIENT) else logging.ERROR, "no sweep: %s", exc)
+            self._sweep_at = max(self._sweep_at, time.monotonic() + min(self._stale_seconds / 6, 5.0))
 
 
 def _process_main(options: WorkerOptions, parent_pid: int, pulse: c_double) -> None:

@@ -1,6 +1,6 @@
 """What the figures are compared with, each a program of its own, as the worker is.
 
-    baselines.py jobs URL --count 4000       Procrastinate's no-op jobs: stock app, stock worker
+    baselines.py jobs URL --count 3000       Procrastinate's no-op jobs: stock app, stock worker
     baselines.py idle URL                    a stock worker that prints the time at which each job starts
     baselines.py loop URL --concurrency 100  a bare loop of the HTTP client, without database or harness
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", choices=("jobs", "idle", "loop"))
     parser.add_argument("url")
-    parser.add_argument("--count", type=int, default=4000)
+    parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--concurrency", type=int, default=100)
     parser.add_argument("--ramp", type=float, default=3.0)
     parser.add_argument("--window", type=float, default=4.0)

@@ -60,7 +60,7 @@ class Line:
 
 def items(bed: Bed) -> Iterator[Line]:
     """Time whole runs on a simulator that answers at once, and Procrastinate's no-op jobs."""
-    notes, jobs, concurrency = (4_000, 2_000, 100) if bed.is_quick else (20_000, 4_000, 100)
+    notes, jobs, concurrency = (4_000, 2_000, 100) if bed.is_quick else (12_000, 3_000, 100)
     ours, theirs, cores = [], [], []
     for _ in range(bed.repeats):
         with bed.database() as url, connected(url) as connection:

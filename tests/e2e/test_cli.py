@@ -185,12 +185,20 @@ def test_export_keeps_json_as_json(runs: tuple[world.Database, CommandLine]) -> 
         assert found[str(row["run_id"])] == row["definition"]
 
 
+def test_what_is_piped_is_utf8_whatever_the_locale(small: tuple[world.Database, CommandLine]) -> None:
+    db, line = small
+    db.execute("insert into pgharness.projects (name) values ('café 診察')")
+    line.environment["PYTHONIOENCODING"] = "ascii"
+    process = line.start("export", "projects", encoding="utf-8")
+    assert json.loads(process.communicate(timeout=60)[0])["name"] == "café 診察"
+
+
 def test_export_into_a_closed_pipe_is_quiet(runs: tuple[world.Database, CommandLine]) -> None:
     _, line = runs
     process = line.start("export", "criterion_results")
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
-    assert process.wait(30) in (0, 1)
+    assert process.wait(60) in (0, 1)
     assert "Traceback" not in process.stderr.read()
     process.stderr.close()
 
@@ -242,6 +250,7 @@ def test_start_says_what_is_planned_and_that_nobody_works(small: tuple[world.Dat
     assert "run 1 (monday morning) is running: 2 notes, 8 grades planned" in out
     assert "No worker is running: pgharness worker" in out
     assert "pgharness status 'monday morning' --watch" in out
+    assert "stalled: no running worker serves queue" in line.call("status", "monday morning").out
 
 
 def _until_watched(process: subprocess.Popen[str]) -> None:
@@ -260,7 +269,7 @@ def test_watch_ends_when_the_run_is_stopped(
     process = line.start("status", "trial/1", "--watch")
     _until_watched(process)
     db.execute(f"select pgharness.{function}(1)".encode())
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == status
     assert said in out
 
@@ -271,7 +280,7 @@ def test_watch_ends_when_the_run_is_done(small: tuple[world.Database, CommandLin
     process = line.start("status", "trial/1", "--watch")
     _until_watched(process)
     line.work()
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "is completed after" in out and "8 of 8" in out
 
@@ -282,7 +291,7 @@ def test_an_interrupted_watch_leaves_the_run_alone(small: tuple[world.Database, 
     process = line.start("status", "1", "--watch")
     _until_watched(process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "run 1 goes on" in err
     assert world.run_of(db, 1)["status"] == "running"
@@ -301,7 +310,7 @@ def test_a_terminal_sees_one_panel_drawn_anew(small: tuple[world.Database, Comma
     db.execute("select pgharness.cancel_run(1)")
     while "continue it" not in shown:
         shown += os.read(terminal, 4096).decode()
-    assert process.wait(30) == 5
+    assert process.wait(60) == 5
     os.close(terminal)
     assert "\x1b[2K" in shown, "lines were drawn anew"
     assert "━" in shown
@@ -324,7 +333,7 @@ def test_a_worker_takes_only_the_queues_it_is_given(small: tuple[world.Database,
         assert (health["queues"], health["status"]) == (["note"], "running")
     finally:
         process.terminate()
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert world.run_of(db, 1)["grades_succeeded"] == 0
     assert world.value(db, "select status from pgharness.worker_health") == "stopped"
@@ -545,3 +554,24 @@ def test_the_demo_shows_a_whole_experiment(url: str) -> None:
     with psycopg.connect(url, autocommit=True) as db:
         assert all(db.execute(statement.encode()).fetchall() for statement in statements)
         assert world.rows(db, "select status from pgharness.worker_health where status = 'running'") == []
+
+
+def test_an_interrupted_demo_cancels_its_run(url: str) -> None:
+    process = CommandLine(url).start("demo")
+    assert process.stdout is not None
+    while "0.0% done" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted, and its run cancelled\n")
+    with psycopg.connect(url) as db:
+        assert world.value(db, "select status from pgharness.runs") == "cancelled"
+
+
+def test_the_demo_keeps_off_an_instance_of_that_name(small: tuple[world.Database, CommandLine]) -> None:
+    db, line = small
+    db.execute("update pgharness.instances set name = 'demo'")
+    before = world.contents(db)
+    refused = line.call("demo", status=1)
+    assert 'an instance "demo" with models of your own' in refused.err and "Rename it" in refused.err
+    assert world.contents(db) == before

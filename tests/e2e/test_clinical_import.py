@@ -15,8 +15,8 @@ from psycopg.sql import SQL, Identifier, Placeholder
 
 import world
 from pgharness import database
-from pgharness.errors import DatabaseError, ImportRefused, WrongState
 from pgharness.clinical_runner import ClinicalReport, import_clinical_runner
+from pgharness.errors import DatabaseError, ImportRefused, WrongState
 
 KEYS = {
     "openai": "sk-live-0123456789abcdefOPENAI",

@@ -133,8 +133,8 @@ def refused(
     with world.cloned(server_url, template) as url, psycopg.connect(url, autocommit=True) as db:
         _define(db, repository)
         world.start(db, "pinned")
-        path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-        line = CommandLine(url, environment={"PYTHONPATH": path, "PGHARNESS_CACHE": str(folder / "cache")})
+        modules = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+        line = CommandLine(url, environment={"PYTHONPATH": modules, "PGHARNESS_CACHE": str(folder / "cache")})
         line.work()
         yield db, line
     for path in [folder, *folder.rglob("*")]:

@@ -48,6 +48,10 @@ FINISHED = ("completed", "failed", "cancelled")
 COSTS = st.sampled_from([Decimal("0"), Decimal("0.25"), Decimal("1")])
 
 
+def _key(outcome: Row) -> tuple[str, int, str]:
+    return outcome["kind"], outcome["ordinal"], outcome["result"]
+
+
 class Model:
     """What a run is, by its rules."""
 
@@ -58,6 +62,8 @@ class Model:
         self.done: set[tuple[str, int]] = set()
         self.failed: set[tuple[str, int]] = set()
         self.attempts: dict[tuple[str, int], int] = {}
+        self.tries: dict[tuple[str, int], int] = {}
+        self.calls: set[str] = set()
 
     def count(self, items: set[tuple[str, int]], kind: str) -> int:
         return sum(item[0] == kind for item in items)
@@ -72,8 +78,11 @@ class Model:
             return False
         return 0 <= ordinal < NOTES if kind == "note" else ("note", ordinal // GRADES_EACH) in self.done
 
+    def is_past(self, threshold: Decimal) -> bool:
+        return len(self.failed) + self.skipped > threshold * (NOTES + GRADES)
+
     def settle(self) -> None:
-        if len(self.failed) + self.skipped > self.threshold * (NOTES + GRADES):
+        if self.is_past(self.threshold):
             self.status = "failed"
         elif len(self.done) + len(self.failed) + self.skipped == NOTES + GRADES:
             self.status = "completed"
@@ -81,7 +90,10 @@ class Model:
             self.status = "paused"
 
     def record(self, outcomes: list[Row]) -> None:
-        self.cost += sum((Decimal(c["cost_usd"]) for o in outcomes for c in o["calls"]), Decimal(0))
+        for made in (made for outcome in outcomes for made in outcome["calls"]):
+            if made["started_at"] not in self.calls:  # else it was sent before
+                self.calls.add(made["started_at"])
+                self.cost += Decimal(made["cost_usd"])
         if self.status in FINISHED:
             return
         # successes count first, notes before grades: that is what recording in one statement means
@@ -92,13 +104,17 @@ class Model:
             if outcome["result"] == "succeeded":
                 self.done.add(item)
                 self.attempts.pop(item, None)
+                self.tries.pop(item, None)
                 continue
+            if self.tries.get(item, 0) >= outcome["attempt"]:
+                continue
+            self.tries[item] = max(self.tries.get(item, 0) + 1, outcome["attempt"])
             self.attempts[item] = self.attempts.get(item, 0) + outcome["spends_attempt"]
             if self.attempts[item] >= ATTEMPTS or not outcome["is_retryable"]:
                 self.failed.add(item)
         self.settle()
 
-    def act(self, action: str, budget: Decimal | None) -> str | None:
+    def act(self, action: str, budget: Decimal | None = None, threshold: Decimal | None = None) -> str | None:
         """Do what a control function does; returns the SQLSTATE with which it refuses."""
         match action:
             case "pause_run" | "cancel_run":
@@ -110,11 +126,15 @@ class Model:
                 self.status = wanted
             case "resume_run":
                 budget = self.budget if budget is None else budget
-                if self.status in ("completed", "failed"):
+                threshold = self.threshold if threshold is None else threshold
+                if self.status == "completed" or self.is_past(threshold):
                     return "PH003"
                 if budget is not None and budget <= self.cost:
                     return "PH006"
-                self.budget, self.status = budget, "running"
+                self.budget, self.threshold = budget, threshold
+                if self.status != "running":
+                    self.status = "running"
+                    self.settle()
             case "requeue_run":
                 if self.status != "running":
                     return "PH003"
@@ -125,7 +145,7 @@ class Model:
                 if self.failed:
                     self.attempts = {item: spent for item, spent in self.attempts.items() if item not in self.failed}
                     self.failed.clear()
-                    if self.status != "paused":
+                    if self.status in FINISHED:
                         self.status = "running"
                         self.settle()
         return None
@@ -155,6 +175,7 @@ class RunLifecycle(RuleBasedStateMachine):
         self.run = start(self.db, budget_usd=budget) if budget else start(self.db)
         self.worker = register(self.db)
         self.model = Model(threshold, budget)
+        self.sent: list[Row] = []
 
     # -- people
 
@@ -162,18 +183,23 @@ class RunLifecycle(RuleBasedStateMachine):
         action=st.sampled_from(["pause_run", "cancel_run", "resume_run", "resume_run", "retry_failed", "requeue_run"])
     )
     def control(self, action: str) -> None:
-        self._act(action, None)
+        self._act(action)
 
-    @rule(budget=st.sampled_from([Decimal("0.25"), Decimal(2), Decimal(50)]))
-    def resume_with_another_budget(self, budget: Decimal) -> None:
-        self._act("resume_run", budget)
+    @rule(
+        budget=st.sampled_from([None, Decimal("0.25"), Decimal(2), Decimal(50)]),
+        threshold=st.sampled_from([None, Decimal(0), Decimal("0.4"), Decimal(1)]),
+    )
+    def resume_with_other_limits(self, budget: Decimal | None, threshold: Decimal | None) -> None:
+        self._act("resume_run", budget, threshold)
 
-    def _act(self, action: str, budget: Decimal | None) -> None:
-        expected, refusal = self.model.act(action, budget), None
+    def _act(self, action: str, budget: Decimal | None = None, threshold: Decimal | None = None) -> None:
+        expected, refusal = self.model.act(action, budget, threshold), None
+        given = {"budget_usd": budget, "failure_threshold": threshold}
+        given = {name: limit for name, limit in given.items() if limit is not None}
         try:
             with self.db.transaction():
-                query = f"select pgharness.{action}(%s{', budget_usd => %s' if budget else ''})"
-                value(self.db, query, self.run, *([budget] if budget else []))
+                named = "".join(f", {name} => %s" for name in given)
+                value(self.db, f"select pgharness.{action}(%s{named})", self.run, *given.values())
         except psycopg.ProgrammingError as error:
             refusal = error.sqlstate
         assert refusal == expected
@@ -196,6 +222,14 @@ class RunLifecycle(RuleBasedStateMachine):
     def record_anything(self, items: list[tuple[str, int, str, Decimal]]) -> None:
         """Outcomes that nobody asked for: twice, late, out of range, of notes that are not there."""
         self._record([self._outcome(*item) for item in items])
+
+    @precondition(lambda self: bool(self.sent))
+    @rule(data=st.data())
+    def send_again(self, data: st.DataObject) -> None:
+        """What a worker does that never heard whether its outcomes were committed."""
+        self._record(
+            data.draw(st.lists(st.sampled_from(self.sent), min_size=1, max_size=3, unique_by=_key), label="again")
+        )
 
     @precondition(lambda self: bool(jobs(self.db)))
     @rule(
@@ -243,7 +277,7 @@ class RunLifecycle(RuleBasedStateMachine):
     def lose_the_queue_and_find_it_again(self) -> None:
         self.db.execute("delete from procrastinate.procrastinate_jobs")
         if self.model.status == "running":
-            self._act("requeue_run", None)
+            self._act("requeue_run")
 
     def _let_time_pass(self) -> None:
         """Make scheduled jobs due: for the queue it is as late as the transaction is old."""
@@ -259,6 +293,7 @@ class RunLifecycle(RuleBasedStateMachine):
         return failure(self.run, kind, ordinal, calls=calls, **limits)
 
     def _record(self, outcomes: list[Row]) -> None:
+        self.sent += [outcome for outcome in outcomes if outcome not in self.sent]
         self.model.record(outcomes)
         learned = record(self.db, self.worker, *outcomes)
         assert [row["status"] for row in learned] == [self.model.status]
@@ -293,7 +328,7 @@ class RunLifecycle(RuleBasedStateMachine):
             self._act("resume_run", Decimal(10_000))
         self.db.execute("update pgharness.runs set budget_usd = null")
         self.model.budget = None
-        self._act("retry_failed", None)
+        self._act("retry_failed")
         self._let_time_pass()
         work_off(self.db, self.worker)
         assert run_of(self.db, self.run)["status"] == "completed"

@@ -89,7 +89,7 @@ WRONG = [
     ("select pgharness.resume_run('trial/3')", "PH003", "is already completed", "select pgharness.rerun("),
     ("select pgharness.resume_run('trial/4')", "PH006", "has spent 0.5000 USD of its budget of 0.1 USD", "select pgharness.resume_run("),
     ("select pgharness.resume_run('trial/4', budget_usd => 0.2)", "PH006", "of its budget of 0.2 USD", "select pgharness.resume_run("),
-    ("select pgharness.heartbeat(999, 0, 'running', '{}', '{}')", "PH005", "worker 999 is not registered", "Restart the worker."),
+    ("select pgharness.heartbeat(999, '{}', 'running', '{}', '{}')", "PH005", "worker 999 is not registered", "Restart the worker."),
     ("select pgharness.charge_crash(999, 'note', 0)", "PH001", 'run "999" does not exist', "pgharness.run_progress"),
 ]  # fmt: skip
 

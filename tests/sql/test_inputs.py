@@ -456,24 +456,22 @@ def test_a_parent_rubric_belongs_to_the_same_case(tx: Database) -> None:
 # -- cases and datasets
 
 
-def test_the_digest_follows_input_and_target_alone(tx: Database) -> None:
+def test_the_digest_follows_what_generators_see(tx: Database) -> None:
     add = "insert into pgharness.cases (name, input, target, metadata, digest) values (%s, %s, %s, %s, 'forged') returning digest"
     plain = value(tx, add, "a", '{"x": 1, "y": [2]}', '"t"', "{}")
     assert len(plain) == 64
-    assert value(tx, add, "b", '{"y": [2], "x": 1}', '"t"', '{"tag": 1}') == plain
+    assert value(tx, add, "b", '{"y": [2], "x": 1}', '"t"', "{}") == plain
     others = {
         value(tx, add, "c", '{"x": 1, "y": [3]}', '"t"', "{}"),
         value(tx, add, "d", '{"x": 1, "y": [2]}', '"T"', "{}"),
         value(tx, add, "e", '{"x": 1, "y": [2]}', None, "{}"),
-        value(tx, add, "f", '{"x": 1, "y": [2]}', "null", "{}"),
+        value(tx, add, "f", '{"x": 1, "y": [2]}', '"t"', '{"tag": 1}'),
         value(tx, add, "g", '"a\\nb"', '"c"', "{}"),
         value(tx, add, "h", '"a"', '"b\\nc"', "{}"),
+        value(tx, add, "i", '{"x": 1, "y": [2]}', '"t"', '{"tag": 1}'),
     }
     assert len(others | {plain}) == 7
-    assert (
-        value(tx, "update pgharness.cases set metadata = '{\"tag\": 2}', name = 'z' where name = 'a' returning digest")
-        == plain
-    )
+    assert value(tx, "update pgharness.cases set name = 'z' where name = 'a' returning digest") == plain
     assert value(tx, "update pgharness.cases set target = '1' where name = 'z' returning digest") != plain
 
 
@@ -574,6 +572,40 @@ def test_a_model_that_could_never_run_is_refused(
         )
 
 
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (
+            "insert into pgharness.models (name, provider, parameters) values ('m', 'simulator', '{\"api_key\": \"S3cr3t\"}')",
+            "parameters of model",
+        ),
+        (
+            "update pgharness.models set parameters = '{\"X-Api-Key\": \"S3cr3t\"}' where name = 'simulator'",
+            "parameters of model",
+        ),
+        (
+            "update pgharness.models set base_url = 'https://me:S3cr3t@host/v1' where name = 'simulator'",
+            "base_url of model",
+        ),
+        (
+            'update pgharness.model_combinations set generator_parameters = \'{"token": "S3cr3t"}\'',
+            "generator_parameters of combination",
+        ),
+        (
+            'update pgharness.model_combinations set grader_parameters = \'{"Authorization": "S3cr3t"}\'',
+            "grader_parameters of combination",
+        ),
+    ],
+)
+def test_a_secret_among_parameters_is_refused_and_never_repeated(tx: Database, change: str, where: str) -> None:
+    add_instance(tx)
+    with pytest.raises(psycopg.Error) as caught, tx.transaction():
+        tx.execute(change.encode())
+    assert caught.value.sqlstate == "PH002"
+    assert where in words(caught.value) and "api_key_env" in words(caught.value)
+    assert "S3cr3t" not in words(caught.value)
+
+
 @pytest.mark.parametrize("pasted", ["sk-proj-S3cr3tS3cr3t", "AIzaS3cr3tS3cr3t", "openai_api_key", "OPENAI_API_SECRET"])
 def test_a_key_pasted_for_its_name_is_refused_and_never_repeated(tx: Database, pasted: str) -> None:
     for statement in (
@@ -629,6 +661,7 @@ def used(tx: Database) -> int:
             'case "trial-1" was used by run "trial/1"',
         ),
         ("update pgharness.cases set target = null", "was used by run"),
+        ("update pgharness.cases set metadata = '{\"tag\": 1}'", "its input, target and metadata are frozen"),
         (
             "delete from pgharness.cases where name = 'trial-2'",
             'case "trial-2" was used by run "trial/1" and cannot be deleted',
@@ -667,7 +700,7 @@ def test_what_a_run_used_cannot_be_changed_or_deleted(tx: Database, used: int, c
 @pytest.mark.parametrize(
     "change",
     [
-        "update pgharness.cases set name = name || ' renamed', metadata = '{\"tag\": 1}'",
+        "update pgharness.cases set name = name || ' renamed'",
         "update pgharness.cases set input = input",
         "update pgharness.rubrics set validation = 'refused', comments = 'no longer'",
         "update pgharness.models set name = 'renamed', parameters = '{\"temperature\": 1}' where name = 'simulator'",

@@ -111,7 +111,7 @@ def test_what_dead_workers_held_is_free_again(tx: Database) -> None:
     assert lease(tx, living, model, 0, 4) == 4
     tx.execute("select pgharness.sweep()")
     assert value(tx, "select count(*) from pgharness.model_leases where worker_id = %s", dead) == 0
-    tx.execute("select * from pgharness.heartbeat(%s, 0, 'stopped', '{}', '{}')", (living,))
+    tx.execute("select * from pgharness.heartbeat(%s, '{}', 'stopped', '{}', '{}')", (living,))
     assert lease(tx, register(tx, pid=3), model, 0, 4) == 4
 
 

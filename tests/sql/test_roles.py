@@ -262,7 +262,7 @@ def test_an_author_cannot_do_what_workers_do_nor_go_around_the_functions(office:
         f"select pgharness.charge_crash({run}, 'note', 0)",
         "select pgharness.register_worker('h', 1, 'v', '{}', 1)",
         "select pgharness.attach_queue_worker(1, 1)",
-        "select pgharness.heartbeat(1, 0, 'running', '{}', '{}')",
+        "select pgharness.heartbeat(1, '{}', 'running', '{}', '{}')",
         "select pgharness.lose_worker('host', 1)",
         "select pgharness.sweep('0 seconds')",
         "select pgharness.lease_model(1, 1, 0, 1)",
@@ -303,7 +303,7 @@ def test_a_worker_does_all_of_its_work(office: Office) -> None:
                 "select pgharness.load_inputs(%s, %s, %s, '{0}')", (run, [i["case_id"] for i in items], rubric_ids)
             )
             db.execute("select pgharness.charge_crash(%s, %s, %s)", (run, args["kind"], items[0]["ordinal"]))
-            db.execute("select pgharness.heartbeat(%s, 1, 'running', %s, %s)", (worker, [run], [id_]))
+            db.execute("select pgharness.heartbeat(%s, '{}', 'running', %s, %s)", (worker, [run], [id_]))
             if not retried:
                 db.execute("select procrastinate_retry_job_v2(%s, now(), null, null, null)", (id_,))
                 retried = True

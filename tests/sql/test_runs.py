@@ -597,6 +597,8 @@ def test_what_failed_is_tried_again_with_all_its_attempts(tx: Database, state: s
             {"status": "waiting", "attempts": attempt}
         ]
     record(tx, worker, note(run, 1))
+    if state == "running":
+        record(tx, worker, note(run, 2))  # it waits on: only what had failed was queued again
     work_off(tx, worker)
     assert (statuses(tx, run), run_of(tx, run)["grades_succeeded"]) == (("completed", None), 4)
     assert orphans(tx) == []
@@ -624,12 +626,52 @@ def test_retrying_past_the_budget_pauses_again(tx: Database) -> None:
 # -- again
 
 
+def test_a_failed_run_goes_on_without_what_failed_when_more_may_fail(tx: Database) -> None:
+    add_instance(tx, cases=4, rubrics_per_case=1, failure_threshold=0.25)
+    run, worker = start(tx), register(tx)
+    record(tx, worker, note(run, 0), lost(run, "note", 1), lost(run, "grade", 0))
+    assert statuses(tx, run)[0] == "failed"
+    for argument in ("", ", failure_threshold => 0.3"):
+        with refused(
+            tx, "PH003", f"run {run} is already failed", f"pgharness.retry_failed({run})", "failure_threshold => 1"
+        ):
+            tx.execute(f"select pgharness.resume_run({run}{argument})".encode())
+    with refused(tx, "23514", "runs_failure_threshold_check"):
+        tx.execute(f"select pgharness.resume_run({run}, failure_threshold => 7)".encode())
+    assert receipt(tx, "pgharness.resume_run('trial/1', failure_threshold => 0.5)")["status"] == "running"
+    assert orphans(tx) == []
+    work_off(tx, worker)
+    row = run_of(tx, run)
+    assert (row["status"], row["notes_failed"], row["grades_failed"], row["failure_threshold"]) == (
+        "completed",
+        1,
+        1,
+        0.5,
+    )
+    assert orphans(tx) == []
+    again = value(tx, "select run_id from pgharness.rerun(%s)", run)
+    assert run_of(tx, again)["failure_threshold"] == 0.25, "as it was defined"
+
+
+def test_what_failed_is_tried_again_beside_what_is_in_flight(tx: Database) -> None:
+    add_instance(tx, cases=4, rubrics_per_case=1, failure_threshold=1)
+    run, worker = start(tx), register(tx)
+    record(tx, worker, lost(run, "note", 1))
+    taken = take(tx, worker)
+    assert taken is not None
+    tx.execute("select pgharness.retry_failed(%s)", (run,))
+    assert len(load(tx, worker, taken["args"])) == 1
+    assert [ordinals(job) for job in jobs(tx)].count([1]) == 2, "its old job and its new one"
+    assert orphans(tx) == []
+
+
 def test_a_rerun_repeats_a_run_whatever_its_instance_says_now(tx: Database) -> None:
     add_instance(
         tx, cases=3, note_replications=2, combinations=[("simulator", "simulator"), ("simulator", "exact_match")]
     )
     first = start(tx, kind="milestone")
     frozen = definition(tx, first)
+    tx.execute("update pgharness.instances set failure_threshold = 1")
     tx.execute(
         "update pgharness.instances set note_replications = 9, seed = 7, note_prompt = 'x', rubrics_per_case = 1, name = 'renamed'"
     )
@@ -676,7 +718,7 @@ def test_losing_the_whole_queue_loses_nothing_and_one_call_puts_the_work_back(ur
         db.execute("drop schema procrastinate cascade")
         record(db, worker, note(run, 3))
         assert value(db, "select pgharness.sweep()") == 0
-        assert rows(db, "select * from pgharness.heartbeat(%s, 1, 'running', %s, '{}')", worker, [run]) == [
+        assert rows(db, "select * from pgharness.heartbeat(%s, '{}', 'running', %s, '{}')", worker, [run]) == [
             {"run_id": run, "status": "running", "epoch": 0}
         ]
         assert orphans(db) == []

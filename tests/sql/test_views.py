@@ -29,6 +29,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import Connection
+from psycopg.types.json import Jsonb
 
 import world
 from story import Grade, Item, Story, told
@@ -64,9 +65,9 @@ def set_clock(db: Connection[Any], run: int, seconds: float) -> None:
     )
 
 
-def beat(db: Connection[Any], worker: int, *, state: str = "running", in_flight: int = 0) -> None:
+def beat(db: Connection[Any], worker: int, *, state: str = "running", in_flight: dict[str, Any] | None = None) -> None:
     """Give a sign of life."""
-    db.execute("select pgharness.heartbeat(%s, %s, %s, '{}', '{}')", (worker, in_flight, state))
+    db.execute("select pgharness.heartbeat(%s, %s, %s, '{}', '{}')", (worker, Jsonb(in_flight or {}), state))
 
 
 # -- progress
@@ -93,10 +94,10 @@ def test_run_progress_counts_what_was_recorded(story: Story) -> None:
 
 def test_run_progress_tells_speed_and_time_left(story: Story) -> None:
     set_clock(story.db, story.run, 200)
-    beat(story.db, story.worker, in_flight=3)
+    beat(story.db, story.worker, in_flight={str(story.run): {"note": 3, "grade": 2}, "0": {"note": 9}})
     [row] = story.view("run_progress")
     done, left = count(story.items, "succeeded", "failed"), count(story.items, "planned", "waiting")
-    assert pick(row, "active_seconds worker_count in_flight finished_at") == (200, 1, 3, None)
+    assert pick(row, "active_seconds worker_count notes_running grades_running finished_at") == (200, 1, 3, 2, None)
     assert float(row["items_per_second"]) == pytest.approx(done / 200, abs=1e-3)
     assert float(row["seconds_left"]) == pytest.approx(left * 200 / done, abs=0.1)
     seconds = (row["expected_finish_at"] - value(story.db, "select pgharness.clock()")).total_seconds()
@@ -131,7 +132,7 @@ def test_run_progress_of_a_run_without_grades_needs_only_notes_to_project(tx: Co
 def test_run_progress_does_not_count_workers_that_went_silent(story: Story) -> None:
     set_clock(story.db, story.run, 3600)
     [row] = story.view("run_progress")
-    assert pick(row, "worker_count in_flight") == (0, 0)
+    assert pick(row, "worker_count notes_running grades_running") == (0, 0, 0)
 
 
 def test_run_progress_of_a_cancelled_run_stands_still(story: Story) -> None:
@@ -228,7 +229,7 @@ def test_worker_health_tells_the_living_from_the_dead(tx: Connection[Any]) -> No
     run = world.start(tx, "health")
     alive, draining, silent, dead, done = (world.register(tx, pid=pid) for pid in range(1, 6))
     world.load(tx, alive, {"run_id": run, "kind": "note", "epoch": 0, "ordinals": [0]})
-    beat(tx, draining, state="draining", in_flight=4)
+    beat(tx, draining, state="draining", in_flight={str(run): {"note": 3}, "0": {"grade": 1}})
     tx.execute(
         "update pgharness.workers set heartbeat_at = heartbeat_at - interval '31 seconds' where id = %s", (silent,)
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgharness.errors import InvalidOutput, RequestRejected
@@ -38,6 +38,7 @@ def test_without_a_rubric_the_one_criterion_is_the_target() -> None:
     assert criteria_values(None) == [{"criterion": "The output agrees with the target.", "weight": 100, "number": 1}]
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(
         st.fixed_dictionaries(
@@ -202,6 +203,7 @@ def test_an_unknown_metric_is_refused_with_those_that_exist() -> None:
     assert caught.value.hint is not None and "numeric_match" in caught.value.hint
 
 
+@settings(deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=3)))
 def test_every_output_that_a_program_can_give_is_scored(output: Any) -> None:
     assert score("exact_match", output, json.loads(json.dumps(output)) if output is not None else output) in (0, 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -77,6 +77,7 @@ def test_price(prices: dict[str, float], tokens: tuple[int, int, int], usd: floa
 _PRICES = st.none() | st.floats(0, 1000)
 
 
+@settings(deadline=None)
 @given(_PRICES, _PRICES, st.integers(0, 10**7), st.integers(0, 10**7), st.data())
 def test_a_price_is_never_negative_and_the_cache_never_costs_more_than_it_says(
     input_price: float | None, output_price: float | None, input_tokens: int, output_tokens: int, data: st.DataObject

@@ -6,6 +6,7 @@ cancelled; 6 it is paused; 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated, NoReturn
 
@@ -20,15 +21,15 @@ from pgharness.errors import HarnessError, ImportRefused, SchemaOutOfDate
 app = typer.Typer(
     name="pgharness",
     help="LLM experiments in Postgres: define with SQL, run durable workers, read results with SQL.",
+    epilog="Exit status: 0 done; 1 refused or failed; 2 wrong usage; 4 the schema must be migrated; of a run, 5 failed "
+    "or cancelled, 6 paused.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-admin.add_to(app)
-imports.add_to(app)
-runs.add_to(app)
-demo.add_to(app)
+for commands in (demo, admin, imports, runs):
+    commands.add_to(app)
 
 
 def _version(value: bool) -> None:
@@ -57,6 +58,9 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # files and pipes get UTF-8 whatever the locale; a terminal shows what it can
+        sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
     try:
         app(_url_first(sys.argv[1:] if arguments is None else arguments), prog_name="pgharness")
     except SchemaOutOfDate as exc:

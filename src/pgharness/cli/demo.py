@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -13,8 +14,8 @@ from psycopg import Connection
 from pgharness import database, schema
 from pgharness.cli.runs import RunPanel, watch_run
 from pgharness.cli.session import Session, session_of, stderr, stdout, table, usd
-from pgharness.database import Row
-from pgharness.errors import HarnessError, SchemaOutOfDate
+from pgharness.database import TRANSIENT, Row
+from pgharness.errors import Conflict, HarnessError, SchemaOutOfDate
 
 _PRIORITY = 100  # before the work of other runs on a shared server: it is over in seconds
 _CALLS: dict[str, Any] = {
@@ -47,7 +48,13 @@ def demo(
         except SchemaOutOfDate:
             schema.upgrade(connection)
         database.call(connection, "load_run", run_id=0)  # a role that may not work is told before anything is made
-        database.run_script(connection, script.read_text())
+        combinations = database.rows(connection, "model_combinations", instance="demo")
+        if any(not row["generator"].startswith("demo/") for row in combinations):
+            raise Conflict(
+                'there is an instance "demo" with models of your own, which the demo would run',
+                hint="Rename it: update pgharness.instances set name = 'mine' where name = 'demo';",
+            )
+        database.run_script(connection, script.read_text(encoding="utf-8"))
         plan = database.rows(connection, "expected_workload", instance="demo")[0]
         stdout.print(
             "Two simulated models write notes of invented consultations; a third grades\n"
@@ -59,8 +66,11 @@ def demo(
         run_id = database.call(connection, "start_run", instance="demo", priority=_PRIORITY)[0]["run_id"]
         try:
             row = _watch(session, connection, run_id, workers)
-        except KeyboardInterrupt:
-            database.call(connection, "cancel_run", run_id=run_id, reason="the demo was interrupted")
+        except BaseException as exc:
+            with suppress(HarnessError, *TRANSIENT):  # nobody would work on it, or another's workers would
+                database.call(connection, "cancel_run", run_id=run_id, reason="the demo was interrupted")
+            if not isinstance(exc, KeyboardInterrupt):
+                raise
             stderr.print("interrupted, and its run cancelled")
             raise typer.Exit(130) from None
         stdout.print(RunPanel(connection).of(row))

@@ -240,7 +240,10 @@ def watch_run(
     is_live = stdout.is_terminal and not is_silent
     with Live(console=stdout, auto_refresh=False, transient=True) if is_live else nullcontext() as live:
         while True:
-            row = database.rows(connection, "run_progress", run_id=run_id)[0]
+            found = database.rows(connection, "run_progress", run_id=run_id)
+            if not found:
+                raise NotFound(f"run {run_id} was deleted", hint="List runs: pgharness status")
+            row = found[0]
             if row["status"] != "running":
                 return row
             check()
@@ -279,7 +282,7 @@ class RunPanel:
         failures = database.rows(self._connection, "failure_causes", run_id=run_id)
         details: list[RenderableType] = []
         if any(row["mean_score"] is not None for row in scores):
-            title = "\nscores (0 to 1; standard errors clustered by case)"
+            title = "\nscores (0 to 1), with 95% confidence intervals clustered by case"
             details.append(table(scores, _SCORES, title=title))
         if failures:
             failures.sort(key=lambda row: (-row["items_failed"], -row["items_waiting"], -row["calls_failed"]))
@@ -319,14 +322,14 @@ def _shortened(text: str, length: int) -> str:
 def _bars(row: Row) -> Progress:
     bars = Progress(TextColumn("{task.description:6}"), BarColumn(40), TextColumn("{task.fields[text]}"))
     for kind in ("note", "grade"):
-        planned, failed, waiting = row[f"{kind}_count"], row[f"{kind}s_failed"], row[f"{kind}s_waiting"]
-        skipped = row["grades_skipped"] if kind == "grade" else 0
+        planned, done = row[f"{kind}_count"], row[f"{kind}s_succeeded"]
         if not planned:
             continue
-        text = f"{row[f'{kind}s_succeeded']:,} of {planned:,}"
-        for count, word in ((failed, "failed"), (skipped, "skipped"), (waiting, "waiting")):
-            text += f", {count:,} {word}" if count else ""
-        bars.add_task(f"{kind}s", total=planned, completed=row[f"{kind}s_succeeded"], text=text)
+        text = f"{done:,} of {planned:,}"
+        for state in ("failed", "skipped", "running", "waiting"):
+            count = row.get(f"{kind}s_{state}")  # notes are never skipped
+            text += f", {count:,} {state}" if count else ""
+        bars.add_task(f"{kind}s", total=planned, completed=done, text=text)
     return bars
 
 
@@ -348,7 +351,7 @@ def _cost_line(row: Row) -> str:
     if row["budget_usd"] is not None:
         line += f", budget {usd(row['budget_usd'])}"
     if row["worker_count"]:
-        line += f"; {row['worker_count']} workers, {row['in_flight']} calls in flight"
+        line += f"; {row['worker_count']} workers, {row['notes_running'] + row['grades_running']} calls in flight"
     return line
 
 
