@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg
 from psycopg import AsyncConnection, Connection, IsolationLevel
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 from psycopg.sql import SQL, Composed, Identifier, Placeholder
 from psycopg.types.json import Jsonb
@@ -118,13 +119,21 @@ def run_script(connection: Connection[Any], text: str) -> None:
         connection.execute(text.encode())
 
 
+def without_password(url: str) -> tuple[str, dict[str, str]]:
+    """Return a connection string that others may read, and the environment that completes it for libpq's programs."""
+    public = {name: str(value) for name, value in conninfo_to_dict(url).items() if value is not None}
+    password = public.pop("password", None)
+    return make_conninfo("", **public), {} if password is None else {"PGPASSWORD": password}
+
+
 def connect(url: str, *, autocommit: bool = True) -> Connection[Any]:
     """Open one connection, for commands that end soon."""
     try:
         return psycopg.connect(url, autocommit=autocommit, connect_timeout=10, application_name="pgharness")
     except psycopg.Error as exc:
+        said = str(exc).strip().replace(url, "(the connection string)")  # which may hold a password
         raise DatabaseError(
-            f"cannot connect to the database: {str(exc).strip()}",
+            f"cannot connect to the database: {said}",
             hint="Check that the server runs, and --database-url or PGHARNESS_DATABASE_URL; see `pgharness doctor`.",
         ) from exc
 

@@ -76,11 +76,7 @@ def _scripts(folder: str) -> list[Script]:
 
 
 def migrations() -> list[Script]:
-    """Return the queue's schema and our numbered migrations, in order.
-
-    The queue's own migration files are left out while its schema is installed at the pinned release: its schema.sql
-    contains them. Their names are recorded, so that a later release applies only its new ones.
-    """
+    """Return the queue's schema, under the release that it is of, and our numbered migrations, in order."""
     queue = Path(str(resources.files("procrastinate"))) / "sql"
     text = "create schema if not exists procrastinate;\nset local search_path = procrastinate;\n"
     text += (queue / "schema.sql").read_text() + _PIN_QUEUE + "set local search_path to default;\n"
@@ -112,7 +108,8 @@ def _pending(applied: dict[str, str]) -> list[Script]:
                 f"migration {script.name} was applied with another text than this version has",
                 hint="Migrations are never edited: install the pgharness that made this database, or a later one.",
             )
-    if unknown := sorted(set(applied) - {script.name for script in known}):
+    unknown = sorted(name for name in applied.keys() - {script.name for script in known} if "/" not in name)
+    if unknown:
         raise SchemaOutOfDate(
             f"the database was migrated by a newer pgharness (it has {unknown[-1]})",
             hint="Upgrade this installation: pip install --upgrade pgharness.",

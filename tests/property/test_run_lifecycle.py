@@ -127,7 +127,7 @@ class Model:
             case "resume_run":
                 budget = self.budget if budget is None else budget
                 threshold = self.threshold if threshold is None else threshold
-                if self.status == "completed" or self.is_past(threshold):
+                if self.status == "completed" or (self.status == "failed" and self.is_past(threshold)):
                     return "PH003"
                 if budget is not None and budget <= self.cost:
                     return "PH006"

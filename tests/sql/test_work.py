@@ -628,7 +628,7 @@ def test_a_call_that_was_aborted_is_no_crash_of_its_item(tx: Database, state: st
 
 
 def test_a_slice_of_a_worker_that_stopped_by_itself_comes_back_without_a_crash(tx: Database) -> None:
-    run, worker = small(tx)
+    _run, worker = small(tx)
     assert take(tx, worker) is not None
     tx.execute("select * from pgharness.heartbeat(%s, '{}', 'stopped', '{}', '{}')", (worker,))
     assert value(tx, "select pgharness.sweep()") == 1

@@ -152,7 +152,8 @@ def _tool(context: typer.Context, name: str) -> None:
     if session.is_embedded:
         argv, environment = session.embedded.tool(name)  # its target is in both
     else:
-        argv, environment = [_program(name), "--dbname", url], dict(os.environ)
+        public, secret = database.without_password(url)
+        argv, environment = [_program(name), "--dbname", public], {**os.environ, **secret}
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the program: in psql it ends a query, not the session
     status = subprocess.call([*argv, *context.args], env=environment)
     if status:

@@ -70,7 +70,7 @@ def cases(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Import cases; columns that are neither name, input nor target become metadata, which generators do not get.
+    """Import cases; columns that are neither name, input nor target become metadata, which no built-in prompt shows.
 
     Example: pgharness import cases test.jsonl --dataset gsm8k --input question --target answer
     """

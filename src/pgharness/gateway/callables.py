@@ -9,7 +9,7 @@ change:
 
 | key | holds |
 |---|---|
-| `case` | name, input, and where given target and metadata |
+| `case` | name, input and metadata; the target only when it grades |
 | `config`, `replication`, `overlap`, ... | the run's settings, as the request carries them |
 | `note`, `rubric` | what to grade, when it is used as a grader |
 | `messages` | the prompts as rendered: a list of `{"role", "content"}` |
