@@ -61,8 +61,8 @@ class CaseColumns:
     """Which columns of a file make a case; several inputs become one object.
 
     Without them, the columns are name, input or transcript (with profile and chart), target, dataset and metadata.
-    Every other column goes to the metadata, which no built-in prompt shows to a generator. With a dataset, a case without a name is
-    called after it and its row, as in gsm8k/0001.
+    Every other column goes to the metadata, which no built-in prompt shows to a generator. With a dataset, a case
+    without a name is called after it and its row, as in gsm8k/0001.
     """
 
     dataset: str | None = None

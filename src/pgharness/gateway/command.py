@@ -16,10 +16,11 @@ it. Each host makes one read-only checkout per commit for all that run there: a 
 its code. Submodules are not fetched.
 
 It reads one JSON object on standard input: `case` (without its target, unless it grades), `config`, `model` (name,
-model, is_reasoning, parameters), and `note` and `rubric` when it is used as a grader. It prints its note, as JSON, to standard output: an object or any other
-value, or `{"note": ..., "usage": {"input_tokens": 1, "output_tokens": 2}}` to have its tokens counted. It exits with 0;
-any other status fails the attempt, with the end of its standard error kept. Past the model's timeout, and when its run
-is cancelled, it and all that it started get SIGTERM, and SIGKILL 0.8 seconds later. In its environment:
+model, is_reasoning, parameters), and `note` and `rubric` when it is used as a grader. It prints its note, as JSON, to
+standard output: an object or any other value, or `{"note": ..., "usage": {"input_tokens": 1, "output_tokens": 2}}` to
+have its tokens counted. It exits with 0; any other status fails the attempt, with the end of its standard error kept.
+Past the model's timeout, and when its run is cancelled, it and all that it started get SIGTERM, and SIGKILL 0.8
+seconds later. In its environment:
 
 | variable | holds |
 |---|---|
