@@ -273,7 +273,7 @@ $$;
 comment on function pgharness._lock_run(bigint) is 'Lock a run''s row, so that its state changes one transaction at a time. Raises PH001.';
 
 create or replace function pgharness.start_run(
-    instance text, kind text default 'trial', idempotency_key text default null, budget_usd numeric default null,
+    instance text, kind text default 'trial', idempotency_key text default null, budget_usd double precision default null,
     priority integer default 0, name text default null
 ) returns pgharness.run_receipt
     language plpgsql volatile security invoker set search_path = pgharness, pg_temp
@@ -301,7 +301,7 @@ begin
     return _receipt(v_id);
 end;
 $$;
-comment on function pgharness.start_run(text, text, text, numeric, integer, text) is
+comment on function pgharness.start_run(text, text, text, double precision, integer, text) is
 'Start a run of an instance: freeze what it uses and queue its work, in this transaction. With an idempotency key a second call returns the first run. Raises PH001, PH003 (nothing to run), PH004 (key used for something else). Example: select run_id from pgharness.start_run(''triage-v2'', kind => ''milestone'');';
 
 create or replace function pgharness.rerun(run_id bigint, kind text default null, idempotency_key text default null) returns pgharness.run_receipt
@@ -352,13 +352,13 @@ $$;
 comment on function pgharness.pause_run(bigint, text) is
 'Stop starting calls of a run; calls in flight end and are kept. Idempotent. Raises PH001, PH003. Example: select pgharness.pause_run(7);';
 
-create or replace function pgharness.resume_run(run_id bigint, budget_usd numeric default null, failure_threshold double precision default null)
+create or replace function pgharness.resume_run(run_id bigint, budget_usd double precision default null, failure_threshold double precision default null)
     returns pgharness.run_receipt
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
     v_run       runs := _lock_run(resume_run.run_id);
-    v_budget    numeric := coalesce(resume_run.budget_usd, v_run.budget_usd);
+    v_budget    numeric := coalesce(resume_run.budget_usd::numeric, v_run.budget_usd);
     v_threshold double precision := coalesce(resume_run.failure_threshold, v_run.failure_threshold);
 begin
     if v_run.status = 'completed' then
@@ -381,7 +381,7 @@ begin
     return _receipt(v_run.id);
 end;
 $$;
-comment on function pgharness.resume_run(bigint, numeric, double precision) is
+comment on function pgharness.resume_run(bigint, double precision, double precision) is
 'Continue a paused, cancelled or failed run with what it has not done yet, optionally with another budget or failure threshold. Calls that are still in flight from before may be made twice; their outcome counts once. Idempotent. Raises PH001, PH003 (it is completed, or too much of it failed), PH006 (the budget is still spent). Example: select pgharness.resume_run(7, budget_usd => 20);';
 
 create or replace function pgharness.cancel_run(run_id bigint, reason text default 'cancelled by hand') returns pgharness.run_receipt
@@ -468,11 +468,11 @@ create or replace function pgharness.pause_run(run text, reason text default 'pa
 as $$ select pause_run(_run_id(pause_run.run), pause_run.reason); $$;
 comment on function pgharness.pause_run(text, text) is 'pause_run() of a run given by name. Example: select pgharness.pause_run(''triage-v2/1'');';
 
-create or replace function pgharness.resume_run(run text, budget_usd numeric default null, failure_threshold double precision default null)
+create or replace function pgharness.resume_run(run text, budget_usd double precision default null, failure_threshold double precision default null)
     returns pgharness.run_receipt
     language sql volatile security invoker set search_path = pgharness, pg_temp
 as $$ select resume_run(_run_id(resume_run.run), resume_run.budget_usd, resume_run.failure_threshold); $$;
-comment on function pgharness.resume_run(text, numeric, double precision) is 'resume_run() of a run given by name. Example: select pgharness.resume_run(''triage-v2/1'');';
+comment on function pgharness.resume_run(text, double precision, double precision) is 'resume_run() of a run given by name. Example: select pgharness.resume_run(''triage-v2/1'');';
 
 create or replace function pgharness.cancel_run(run text, reason text default 'cancelled by hand') returns pgharness.run_receipt
     language sql volatile security invoker set search_path = pgharness, pg_temp

@@ -99,7 +99,7 @@ class Engine:
         self._recorder = Recorder(database, worker_id, self.apply_states)
         self._runs: OrderedDict[int, _Run] = OrderedDict()
         self._inputs: OrderedDict[tuple[str, int], Any] = OrderedDict()
-        self._claims: dict[tuple[int, str, int], asyncio.Future[bool]] = {}
+        self._claims: dict[tuple[int, str, int], asyncio.Future[int]] = {}  # of tries made
         self._waiting: set[asyncio.Task[Any]] = set()  # items whose call has not begun
         self._alone = asyncio.Lock()
         self._room = asyncio.Event()
@@ -278,8 +278,8 @@ class Engine:
     async def _run_item(self, run: _Run, work: Slice, item: _Item) -> None:
         key = (run.run_id, work.kind, item.ordinal)
         while not item.is_over and key in self._claims:
-            # another slice of this process has it: over when that one's outcome is durable, else ours to run
-            item.is_over = await asyncio.shield(self._claims[key])
+            # another slice of this process has it: over when the same try, or a later one, is durable there
+            item.is_over = await asyncio.shield(self._claims[key]) > item.row["tries"]
         if item.is_over:
             return
         claim = self._claims[key] = asyncio.get_running_loop().create_future()
@@ -293,7 +293,7 @@ class Engine:
                 item.is_over = True
         finally:
             del self._claims[key]
-            claim.set_result(item.is_over)
+            claim.set_result(item.row["tries"] + 1 if item.is_over else 0)
 
     async def _outcome(self, run: _Run, work: Slice, item: _Item) -> Row | None:
         """Return what came of an item; None when it was not tried, because the worker or its run is stopping."""

@@ -72,14 +72,16 @@ def packaged(folder: str) -> Path:
 
 
 def _scripts(folder: str) -> list[Script]:
-    return [Script(path.name, path.read_text()) for path in sorted((packaged("sql") / folder).glob("*.sql"))]
+    return [
+        Script(path.name, path.read_text(encoding="utf-8")) for path in sorted((packaged("sql") / folder).glob("*.sql"))
+    ]
 
 
 def migrations() -> list[Script]:
     """Return the queue's schema, under the release that it is of, and our numbered migrations, in order."""
     queue = Path(str(resources.files("procrastinate"))) / "sql"
     text = "create schema if not exists procrastinate;\nset local search_path = procrastinate;\n"
-    text += (queue / "schema.sql").read_text() + _PIN_QUEUE + "set local search_path to default;\n"
+    text += (queue / "schema.sql").read_text(encoding="utf-8") + _PIN_QUEUE + "set local search_path to default;\n"
     text += "comment on schema procrastinate is 'The job queue of pgharness: transport only, it can be rebuilt.';\n"
     version = ".".join(metadata.version("procrastinate").split(".")[:2])
     return [Script(f"procrastinate/{version}", text), *_scripts("migrations")]
@@ -88,7 +90,7 @@ def migrations() -> list[Script]:
 def repeatables() -> list[Script]:
     """Return what every migrate applies whole: functions, views, grants."""
     grants = packaged("sql") / "grants.sql"
-    return [*_scripts("functions"), *_scripts("views"), Script(grants.name, grants.read_text())]
+    return [*_scripts("functions"), *_scripts("views"), Script(grants.name, grants.read_text(encoding="utf-8"))]
 
 
 def _applied(connection: Connection[Any]) -> dict[str, str]:
