@@ -212,7 +212,7 @@ create table pgharness.instances (
     constraint instances_max_attempts_check check (max_attempts between 1 and 100),
     constraint instances_retry_delay_seconds_check check (retry_delay_seconds between 0 and 3600),
     constraint instances_failure_threshold_check check (failure_threshold between 0 and 1),
-    constraint instances_budget_usd_check check (budget_usd > 0),
+    constraint instances_budget_usd_check check (budget_usd > 0 and budget_usd <> 'NaN'),
     constraint instances_project_fkey foreign key (project_id, project)
         references pgharness.projects (id, name) on update cascade on delete restrict,
     constraint instances_experiment_fkey foreign key (experiment_id, experiment)

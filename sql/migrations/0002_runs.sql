@@ -36,7 +36,7 @@ create table pgharness.runs (
     constraint runs_status_check check (status in ('running', 'paused', 'completed', 'failed', 'cancelled')),
     constraint runs_finished_at_check check ((finished_at is not null) = (status in ('completed', 'failed', 'cancelled'))),
     constraint runs_activated_at_check check ((activated_at is not null) = (status = 'running')),
-    constraint runs_budget_usd_check check (budget_usd > 0),
+    constraint runs_budget_usd_check check (budget_usd > 0 and budget_usd <> 'NaN'),
     constraint runs_failure_threshold_check check (failure_threshold between 0 and 1),
     constraint runs_priority_check check (priority between -1000 and 1000),
     constraint runs_counts_check check (notes_succeeded + notes_failed <= note_count

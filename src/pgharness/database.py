@@ -131,7 +131,9 @@ def connect(url: str, *, autocommit: bool = True) -> Connection[Any]:
     try:
         return psycopg.connect(url, autocommit=autocommit, connect_timeout=10, application_name="pgharness")
     except psycopg.Error as exc:
-        said = str(exc).strip().replace(url, "(the connection string)")  # which may hold a password
+        said = str(exc).strip()
+        if "@" in url or "password" in url:
+            said = said.replace(url, "(the connection string)")
         raise DatabaseError(
             f"cannot connect to the database: {said}",
             hint="Check that the server runs, and --database-url or PGHARNESS_DATABASE_URL; see `pgharness doctor`.",

@@ -601,7 +601,11 @@ class Recorder:
                 while self._queue and len(batch) < _BATCH_ITEMS and size < _BATCH_BYTES:
                     batch.append(self._queue.popleft())
                     size += len(batch[-1].text)
-                await self._write(batch)
+                try:
+                    await self._write(batch)
+                except Exception as exc:  # whatever it is, those who wait are told, and the recorder lives on
+                    logger.exception("%s outcomes could not be written", len(batch))
+                    _settle(batch, exc)
             self._wake.clear()
             if self._is_closing:
                 self._wake.set()
@@ -616,7 +620,7 @@ class Recorder:
                     outcomes="[" + ",".join([entry.text for entry in batch]) + "]",
                 )
                 break
-            except Exception as exc:  # whatever it is, those who wait are told, and the recorder lives on
+            except Exception as exc:
                 if _is_refusal(exc):
                     await self._write_singly(batch, exc)
                     return
@@ -650,7 +654,7 @@ def _is_refusal(error: Exception) -> bool:
     call is paid for.
     """
     code = getattr(error, "sqlstate", None)
-    return not isinstance(error, TRANSIENT | HarnessError) if code is None else code.startswith(_REFUSALS)
+    return code.startswith(_REFUSALS) if code else not isinstance(error, (*TRANSIENT, HarnessError))
 
 
 class _Entry:

@@ -135,7 +135,7 @@ def test_status_of_a_run_shows_scores_and_cost(runs: tuple[world.Database, Comma
 def test_status_of_a_failed_run_says_why_and_what_to_do(runs: tuple[world.Database, CommandLine]) -> None:
     _, line = runs
     shown = line.run("status", "refused/1", status=5).out
-    assert "because 2 notes and 0 grades failed" in shown
+    assert re.search(r"because \d notes and 0 grades failed", shown)
     assert re.search(r"note +refused +2 +0 +2 +the simulated", shown)
     assert "try what failed again: pgharness retry refused/1" in shown
     assert is_narrow(shown)

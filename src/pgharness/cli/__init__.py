@@ -7,6 +7,7 @@ cancelled; 6 it is paused; 130 interrupted.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -62,7 +63,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # files and pipes get UTF-8 whatever the locale; a terminal shows what it can
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
     try:
-        app(_url_first(sys.argv[1:] if arguments is None else arguments), prog_name="pgharness")
+        try:
+            app(_url_first(sys.argv[1:] if arguments is None else arguments), prog_name="pgharness")
+        finally:
+            sys.stdout.flush()  # so that a reader who is gone is noticed here
     except SchemaOutOfDate as exc:
         _print_error(exc)
         sys.exit(4)
@@ -74,7 +78,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         stderr.print(str(exc).strip(), markup=False, highlight=False)
         sys.exit(1)
     except BrokenPipeError:
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail on its way out
         sys.exit(1)
     sys.exit(0)
 
