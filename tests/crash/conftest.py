@@ -35,12 +35,13 @@ _T = TypeVar("_T")
 class Group:
     """A supervisor and its worker processes, in a session of their own."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, folder: Path | None) -> None:
         self.log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,
                 env=dict(environment),
+                cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -257,13 +258,20 @@ class Lab:
         arguments: Sequence[str] = (),
         prefix: Sequence[str] = (),
         waits: bool = True,
+        folder: Path | None = None,
         **variables: str,
     ) -> Group:
-        """Start a supervisor with so many processes; returns when they take work, unless told not to wait."""
+        """Start a supervisor with so many processes; returns when they take work, unless told not to wait.
+
+        With a folder it runs there, and its environment is empty but for the connection string.
+        """
         command = [*prefix, sys.executable, "-m", "pgharness", "worker", "--workers", str(count)]
         command += ["--concurrency", str(concurrency), *arguments]
         log = self.folder / f"workers-{len(self.groups)}.log"
-        group = Group(command, self.environment(**variables), log)
+        environment = self.environment(**variables)
+        if folder is not None:
+            environment = {name: environment[name] for name in ("PGHARNESS_DATABASE_URL", "PYTHONPATH")}
+        group = Group(command, environment, log, folder)
         self.groups.append(group)
         if waits:
             self.wait(lambda: len(self.at_work(group)) == count, f"{count} workers at work", group=group)

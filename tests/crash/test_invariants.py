@@ -205,11 +205,7 @@ def test_5_workers_need_nothing_but_the_connection_string(lab: Any) -> None:
     lab.instance(cases=60, generator="sim", grader="sim")
     home = lab.folder / "nowhere"
     home.mkdir()
-    bare = {"PGHARNESS_DATABASE_URL": lab.url, "PYTHONPATH": lab.environment()["PYTHONPATH"]}
-    prefix = ["env", "-i", f"--chdir={home}", *(f"{name}={value}" for name, value in bare.items())]
-    if sys.platform != "linux":  # where env cannot change the directory
-        prefix.remove(f"--chdir={home}")
-    first = lab.workers(1, prefix=prefix, waits=False)
+    first = lab.workers(1, folder=home, waits=False)
     lab.wait(lambda: lab.at_work(first), "a worker", group=first)
     run_id = lab.start()
     second = lab.workers(1, waits=False)

@@ -136,7 +136,7 @@ def test_status_of_a_failed_run_says_why_and_what_to_do(runs: tuple[world.Databa
     _, line = runs
     shown = line.run("status", "refused/1", status=5).out
     assert re.search(r"because \d notes and 0 grades failed", shown)
-    assert re.search(r"note +refused +2 +0 +2 +the simulated", shown)
+    assert re.search(r"note +refused +\d +0 +\d +the simulated", shown)
     assert "try what failed again: pgharness retry refused/1" in shown
     assert is_narrow(shown)
 
