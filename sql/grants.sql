@@ -31,7 +31,7 @@ begin
     -- defining and starting: inputs are written by insert; runs by insert or through functions that hold the privilege
     grant insert, update, delete on pgharness.projects, pgharness.experiments, pgharness.datasets, pgharness.cases, pgharness.rubrics,
         pgharness.models, pgharness.model_combinations, pgharness.instances, pgharness.instance_cases to pgharness_author;
-    grant insert (name, instance_id, instance, kind, idempotency_key, rerun_of_id, priority, budget_usd) on pgharness.runs to pgharness_author;
+    grant insert (name, instance_id, instance, kind, idempotency_key, rerun_of_id, priority, budget_usd, max_concurrency) on pgharness.runs to pgharness_author;
     grant execute on all functions in schema pgharness to pgharness_author;
     for v_function in
         select p.oid from pg_proc as p where p.pronamespace = 'pgharness'::regnamespace and p.prosecdef and p.proname like '\_%'
@@ -42,10 +42,10 @@ begin
     revoke execute on function
         pgharness.load_run(bigint), pgharness.load_inputs(bigint, bigint[], bigint[], bigint[]),
         pgharness.load_slice(bigint, jsonb),
-        pgharness.record_outcomes(bigint, jsonb), pgharness.charge_crash(bigint, text, bigint),
+        pgharness.record_outcomes(bigint, jsonb, boolean), pgharness.charge_crash(bigint, text, bigint),
         pgharness.register_worker(text, integer, text, text[], integer, jsonb), pgharness.attach_queue_worker(bigint, bigint),
-        pgharness.heartbeat(bigint, jsonb, text, bigint[], bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),
-        pgharness.lease_model(bigint, bigint, integer, integer), pgharness.take_requests(bigint, integer, bigint),
+        pgharness.heartbeat(bigint, jsonb, text, bigint[], bigint[], integer), pgharness.share_slice(bigint, bigint, bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),
+        pgharness.lease_model(bigint, bigint, integer, integer), pgharness.lease_run(bigint, bigint, integer, integer), pgharness.take_requests(bigint, integer, bigint),
         pgharness.block_model(bigint, double precision)
         from pgharness_author;
 
@@ -56,10 +56,10 @@ begin
     grant execute on function
         pgharness.load_run(bigint), pgharness.load_inputs(bigint, bigint[], bigint[], bigint[]),
         pgharness.load_slice(bigint, jsonb),
-        pgharness.record_outcomes(bigint, jsonb), pgharness.charge_crash(bigint, text, bigint),
+        pgharness.record_outcomes(bigint, jsonb, boolean), pgharness.charge_crash(bigint, text, bigint),
         pgharness.register_worker(text, integer, text, text[], integer, jsonb), pgharness.attach_queue_worker(bigint, bigint),
-        pgharness.heartbeat(bigint, jsonb, text, bigint[], bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),
-        pgharness.lease_model(bigint, bigint, integer, integer), pgharness.take_requests(bigint, integer, bigint),
+        pgharness.heartbeat(bigint, jsonb, text, bigint[], bigint[], integer), pgharness.share_slice(bigint, bigint, bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),
+        pgharness.lease_model(bigint, bigint, integer, integer), pgharness.lease_run(bigint, bigint, integer, integer), pgharness.take_requests(bigint, integer, bigint),
         pgharness.block_model(bigint, double precision), pgharness.log(bigint, text, text, jsonb), pgharness.record_result(bigint, text, jsonb)
         to pgharness_worker;
 exception when insufficient_privilege then

@@ -37,10 +37,9 @@ RANK = {unit: rank for rank, row in enumerate(reversed(ROWS)) for unit in row}
 LINES = 600
 LONG_FILES = {
     "src/pgharness/embedded.py": "one server on every host: binaries, accounts, locks and recovery lean on each other",
-    "src/pgharness/execution.py": "the engine and its recorder, which share what an outcome is",
+    "src/pgharness/execution/engine.py": "lines, places and ends of items are one state, which no other file should see",
     "sql/functions/clinical_runner.sql": "the clinical runner's tables are imported as a whole",
     "sql/functions/json_schema.sql": "all of JSON Schema",
-    "sql/functions/work.sql": "the work path, which is read as a whole",
 }
 FUNCTION_LINES = 60
 LONG_FUNCTIONS: dict[str, str] = {}

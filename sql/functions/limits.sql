@@ -1,4 +1,13 @@
--- What a model may be asked at once and per minute, shared by all workers through these rows.
+-- What a model may be asked at once and per minute, and what a run may have in flight, shared by all workers through these rows.
+
+create or replace function pgharness._share(max_concurrency integer, held_by_others integer, sharers integer, in_use integer, wanted integer) returns integer
+    language sql immutable security invoker          -- no pinned path: it names nothing, and is inlined
+as $$
+    -- an equal share, never below what is in use, never above what the others hold back
+    select greatest(in_use, least(in_use + wanted, greatest(max_concurrency / sharers, 1), max_concurrency - held_by_others));
+$$;
+comment on function pgharness._share(integer, integer, integer, integer, integer) is
+'How many of a limited number of calls a worker may have in flight: its equal part, as far as the others leave it.';
 
 create or replace function pgharness.lease_model(worker_id bigint, model_id bigint, in_use integer, wanted integer)
     returns table (granted integer, max_concurrency integer, is_rate_limited boolean, blocked_seconds double precision)
@@ -20,9 +29,7 @@ begin
         select coalesce(sum(greatest(l.granted, l.in_use)), 0), count(*) filter (where l.in_use + l.wanted > 0) + 1 into v_others, v_sharers
           from model_leases as l join workers as w on w.id = l.worker_id
          where l.model_id = lease_model.model_id and l.worker_id <> lease_model.worker_id and w.status in ('running', 'draining');
-        -- an equal share, never below what is in use, never above what the others hold back
-        v_granted := greatest(lease_model.in_use,
-                              least(lease_model.in_use + lease_model.wanted, greatest(v_model.max_concurrency / v_sharers, 1), v_model.max_concurrency - v_others));
+        v_granted := _share(v_model.max_concurrency, v_others, v_sharers, lease_model.in_use, lease_model.wanted);
         insert into model_leases as l (model_id, worker_id, in_use, granted, wanted, updated_at)
         values (lease_model.model_id, lease_model.worker_id, lease_model.in_use, v_granted, lease_model.wanted, clock())
         on conflict on constraint model_leases_pkey do update
@@ -34,6 +41,34 @@ end;
 $$;
 comment on function pgharness.lease_model(bigint, bigint, integer, integer) is
 'For workers: how many calls to a model this worker may have in flight, given how many it has and how many more it wants; the sum over live workers never exceeds max_concurrency. Also its limit, whether it has per-minute limits, and the seconds for which its provider still asks to wait. Example: select * from pgharness.lease_model(1, 2, 0, 10);';
+
+create or replace function pgharness.lease_run(worker_id bigint, run_id bigint, in_use integer, wanted integer)
+    returns table (granted integer, max_concurrency integer, is_rate_limited boolean, blocked_seconds double precision)
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+declare
+    v_max     integer;
+    v_others  integer;
+    v_sharers integer;
+    v_granted integer := lease_run.in_use + lease_run.wanted;
+begin
+    perform pg_advisory_xact_lock(hashtextextended('pgharness.lease_run ' || lease_run.run_id, 0));  -- not the run's row, which is busy
+    select r.max_concurrency into v_max from runs as r where r.id = lease_run.run_id;
+    if v_max is not null then
+        select coalesce(sum(greatest(l.granted, l.in_use)), 0), count(*) filter (where l.in_use + l.wanted > 0) + 1 into v_others, v_sharers
+          from run_leases as l join workers as w on w.id = l.worker_id
+         where l.run_id = lease_run.run_id and l.worker_id <> lease_run.worker_id and w.status in ('running', 'draining');
+        v_granted := _share(v_max, v_others, v_sharers, lease_run.in_use, lease_run.wanted);
+        insert into run_leases as l (run_id, worker_id, in_use, granted, wanted, updated_at)
+        values (lease_run.run_id, lease_run.worker_id, lease_run.in_use, v_granted, lease_run.wanted, clock())
+        on conflict on constraint run_leases_pkey do update
+           set in_use = excluded.in_use, granted = excluded.granted, wanted = excluded.wanted, updated_at = excluded.updated_at;
+    end if;
+    return query select v_granted, v_max, false, 0::double precision;
+end;
+$$;
+comment on function pgharness.lease_run(bigint, bigint, integer, integer) is
+'For workers: how many calls of a run with max_concurrency this worker may have in flight, given how many it has and how many more it wants; the sum over live workers never exceeds it. Answers like lease_model(). Example: select * from pgharness.lease_run(1, 7, 0, 10);';
 
 create or replace function pgharness.take_requests(model_id bigint, requests integer, tokens bigint)
     returns table (granted integer, wait_seconds double precision)

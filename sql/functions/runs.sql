@@ -53,7 +53,7 @@ begin
       into v_notes, v_grades
       from run_definitions as d where d.run_id = new.id;
     update runs as r set note_count = v_notes, grade_count = v_grades where r.id = new.id;
-    perform _defer_range(new.id, 'note', 0, v_notes - 1, _slice_size(v_notes));
+    perform _defer_range(new.id, 'note', 0, v_notes - 1, _slice_size(v_notes, _item_seconds(new.id, 'note')));
     return null;
 end;
 $$;
@@ -274,7 +274,7 @@ comment on function pgharness._lock_run(bigint) is 'Lock a run''s row, so that i
 
 create or replace function pgharness.start_run(
     instance text, kind text default 'trial', idempotency_key text default null, budget_usd double precision default null,
-    priority integer default 0, name text default null
+    priority integer default 0, name text default null, max_concurrency integer default null
 ) returns pgharness.run_receipt
     language plpgsql volatile security invoker set search_path = pgharness, pg_temp
 as $$
@@ -295,13 +295,14 @@ begin
             return _receipt(v_run.id);
         end if;
     end if;
-    insert into runs (instance_id, instance, kind, idempotency_key, budget_usd, priority, name)
-    values (v_instance_id, start_run.instance, start_run.kind, start_run.idempotency_key, start_run.budget_usd, start_run.priority, start_run.name)
+    insert into runs (instance_id, instance, kind, idempotency_key, budget_usd, priority, name, max_concurrency)
+    values (v_instance_id, start_run.instance, start_run.kind, start_run.idempotency_key, start_run.budget_usd, start_run.priority, start_run.name,
+            start_run.max_concurrency)
     returning id into v_id;
     return _receipt(v_id);
 end;
 $$;
-comment on function pgharness.start_run(text, text, text, double precision, integer, text) is
+comment on function pgharness.start_run(text, text, text, double precision, integer, text, integer) is
 'Start a run of an instance: freeze what it uses and queue its work, in this transaction. With an idempotency key a second call returns the first run. Raises PH001, PH003 (nothing to run), PH004 (key used for something else). Example: select run_id from pgharness.start_run(''triage-v2'', kind => ''milestone'');';
 
 create or replace function pgharness.rerun(run_id bigint, kind text default null, idempotency_key text default null) returns pgharness.run_receipt
@@ -325,8 +326,9 @@ begin
             return _receipt(v_other.id);
         end if;
     end if;
-    insert into runs (instance_id, instance, kind, idempotency_key, budget_usd, priority, rerun_of_id)
-    values (v_run.instance_id, v_run.instance, coalesce(rerun.kind, v_run.kind), rerun.idempotency_key, v_run.budget_usd, v_run.priority, v_run.id)
+    insert into runs (instance_id, instance, kind, idempotency_key, budget_usd, priority, max_concurrency, rerun_of_id)
+    values (v_run.instance_id, v_run.instance, coalesce(rerun.kind, v_run.kind), rerun.idempotency_key, v_run.budget_usd, v_run.priority,
+            v_run.max_concurrency, v_run.id)
     returning id into v_id;
     return _receipt(v_id);
 end;
@@ -383,6 +385,27 @@ end;
 $$;
 comment on function pgharness.resume_run(bigint, double precision, double precision) is
 'Continue a paused, cancelled or failed run with what it has not done yet, optionally with another budget or failure threshold. Calls that are still in flight from before may be made twice; their outcome counts once. Idempotent. Raises PH001, PH003 (it is completed, or too much of it failed), PH006 (the budget is still spent). Example: select pgharness.resume_run(7, budget_usd => 20);';
+
+create or replace function pgharness.adjust_run(run_id bigint, priority integer default null, max_concurrency integer default null)
+    returns pgharness.run_receipt
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+declare
+    v_run runs := _lock_run(adjust_run.run_id);
+begin
+    update runs as r
+       set priority = coalesce(adjust_run.priority, r.priority),
+           max_concurrency = case when adjust_run.max_concurrency = 0 then null else coalesce(adjust_run.max_concurrency, r.max_concurrency) end
+     where r.id = v_run.id;
+    if adjust_run.priority <> v_run.priority and _queue_exists() then
+        update procrastinate.procrastinate_jobs as j set priority = j.priority + (adjust_run.priority - v_run.priority) * 1000000
+         where j.status = 'todo' and j.task_name = 'pgharness.slice' and (j.args ->> 'run_id')::bigint = v_run.id;
+    end if;
+    return _receipt(v_run.id);
+end;
+$$;
+comment on function pgharness.adjust_run(bigint, integer, integer) is
+'Change the priority of a run (what is waiting moves in the queue), or how many calls it may have in flight on all workers together (0 removes the cap; a lower one holds once the calls in flight have ended); null leaves a setting as it is. Idempotent. Raises PH001. Example: select pgharness.adjust_run(7, priority => 5, max_concurrency => 20);';
 
 create or replace function pgharness.cancel_run(run_id bigint, reason text default 'cancelled by hand') returns pgharness.run_receipt
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -473,6 +496,11 @@ create or replace function pgharness.resume_run(run text, budget_usd double prec
     language sql volatile security invoker set search_path = pgharness, pg_temp
 as $$ select resume_run(_run_id(resume_run.run), resume_run.budget_usd, resume_run.failure_threshold); $$;
 comment on function pgharness.resume_run(text, double precision, double precision) is 'resume_run() of a run given by name. Example: select pgharness.resume_run(''triage-v2/1'');';
+
+create or replace function pgharness.adjust_run(run text, priority integer default null, max_concurrency integer default null) returns pgharness.run_receipt
+    language sql volatile security invoker set search_path = pgharness, pg_temp
+as $$ select adjust_run(_run_id(adjust_run.run), adjust_run.priority, adjust_run.max_concurrency); $$;
+comment on function pgharness.adjust_run(text, integer, integer) is 'adjust_run() of a run given by name. Example: select pgharness.adjust_run(''triage-v2/1'', priority => 5);';
 
 create or replace function pgharness.cancel_run(run text, reason text default 'cancelled by hand') returns pgharness.run_receipt
     language sql volatile security invoker set search_path = pgharness, pg_temp

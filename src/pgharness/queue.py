@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
 from procrastinate import App, BaseRetryStrategy, JobContext, PsycopgConnector, RetryDecision
@@ -50,7 +50,9 @@ class _Jobs(JobManager):
         if self._queue.is_stopping:
             return None
         try:
-            return await super().fetch_job(queues, worker_id)
+            job = await super().fetch_job(queues, worker_id)
+            self._queue.engine.took(job.task_kwargs["run_id"] if job is not None else None)
+            return job
         except queue_errors.ConnectorException as exc:
             logger.warning("no job could be fetched: %s", _reason(exc))
             await asyncio.sleep(0.5 * (0.5 + random.random()))
@@ -76,10 +78,14 @@ class _Jobs(JobManager):
         """Return nothing: runs are cancelled by their state, not job by job."""
         return []
 
-    async def listen_for_jobs(self, **kwargs: Any) -> None:
+    async def listen_for_jobs(self, *, on_notification: Callable[..., Awaitable[None]], **kwargs: Any) -> None:
+        async def notified(**told: Any) -> None:
+            self._queue.engine.hear_news()
+            await on_notification(**told)
+
         while not self._queue.is_stopping:
             try:
-                await super().listen_for_jobs(**kwargs)
+                await super().listen_for_jobs(on_notification=notified, **kwargs)
             except (queue_errors.ConnectorException, *TRANSIENT) as exc:
                 logger.warning("no notifications for the moment, polling instead: %s", _reason(exc))
             await asyncio.sleep(_POLLING_SECONDS)
@@ -148,14 +154,10 @@ class Queue:
         assert job_id is not None
         self.open_jobs.add(job_id)
         try:
-            await self.engine.run_slice(_slice(args))
+            await self.engine.run_slice(Slice(**args, job_id=job_id))
         finally:
             self.open_jobs.discard(job_id)
 
 
 def _reason(exc: BaseException) -> BaseException:
     return exc.__cause__ or exc  # the queue's own errors say no more than "Database error"
-
-
-def _slice(args: Mapping[str, Any]) -> Slice:
-    return Slice(**args)

@@ -102,7 +102,7 @@ async def run_process(options: WorkerOptions, *, parent_pid: int, pulse: c_doubl
         )
         worker_id: int = registered[0]["register_worker"]
         gateway = Gateway(cache_root=options.settings.cache_root, allows_code=options.settings.allows_code)
-        engine = Engine(pool, gateway, worker_id=worker_id, concurrency=options.concurrency)
+        engine = Engine(pool, gateway, worker_id=worker_id, concurrency=options.concurrency, queues=options.queues)
         queue = Queue(pool, engine, worker_id=worker_id)
         process = _Process(pool, engine, queue, worker_id, parent_pid, options.settings.stale_seconds)
         loop = asyncio.get_running_loop()
@@ -173,6 +173,7 @@ class _Process:
             state=state,
             runs=self._engine.open_runs,
             jobs=list(self._queue.open_jobs),
+            spare=self._engine.spare,
         )
         self._engine.apply_states(states)
 

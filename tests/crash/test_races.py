@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from pgharness import execution
 from pgharness.database import Database
-from pgharness.execution import Engine, HandedBack, Recorder, Slice
+from pgharness.execution import Engine, HandedBack, Slice, engine
+from pgharness.execution.recorder import Recorder
 from pgharness.gateway.limits import Limits
 from pgharness.types import Completion, ModelSpec, Request
 
@@ -197,11 +197,9 @@ async def test_an_abort_keeps_what_has_been_answered(lab: Any, run_id: int) -> N
 class _CancelsFirst(Engine):
     """An engine that learns of a cancellation after an item's task was made, and before its first step."""
 
-    async def _run_items(self, *arguments: Any) -> None:
-        run, work, _ = arguments
-        cancelled = {"run_id": run.run_id, "status": "cancelled", "epoch": work.epoch}
-        asyncio.get_running_loop().call_soon(self.apply_states, [cancelled])
-        await super()._run_items(*arguments)
+    def _begin(self, *arguments: Any) -> None:
+        super()._begin(*arguments)
+        self.apply_states([{"run_id": arguments[0].run_id, "status": "cancelled", "epoch": 0}])
 
 
 async def test_items_that_were_cancelled_before_their_first_step_leave_their_places(lab: Any, run_id: int) -> None:
@@ -216,12 +214,12 @@ async def test_items_that_were_cancelled_before_their_first_step_leave_their_pla
 async def test_inputs_that_others_push_out_of_the_cache_are_not_missed(
     lab: Any, run_id: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execution, "_CACHED_INPUTS", 2)
+    monkeypatch.setattr(engine, "_CACHED_INPUTS", 2)
     model = Calls()
-    async with opened(lab, model, concurrency=100) as engine:
+    async with opened(lab, model, concurrency=100) as busy:
         slices = []
         for parts in ([(0, 1)], [(0, 3), (4, 7)] * 5, [(1, 2), (2, 5), (6, 6)] * 5):
-            slices += [asyncio.create_task(engine.run_slice(sliced(run_id, *part))) for part in parts]
+            slices += [asyncio.create_task(busy.run_slice(sliced(run_id, *part))) for part in parts]
             await until(lambda wanted=parts[0][1] + 1: len(model.open) >= wanted)
         while not all(work.done() for work in slices):
             model.answer()
@@ -270,11 +268,15 @@ async def test_the_recorder_survives_errors_that_nobody_foresaw(lab: Any) -> Non
         async def call(self, function: str, /, **arguments: object) -> list[dict[str, Any]]:
             raise ZeroDivisionError
 
-    recorder = Recorder(Faulty(lab.url), 1, lambda states: None)
+    lost: list[Any] = []
+    recorder = Recorder(
+        Faulty(lab.url), 1, keeps_grades=False, on_written=lambda *_: None, on_lost=lambda *told: lost.append(told)
+    )
     outcome = {"run_id": 1, "kind": "note", "ordinal": 0, "attempt": 1, "result": "succeeded", "calls": []}
-    for _ in range(2):
-        with pytest.raises(ZeroDivisionError):
-            await asyncio.wait_for(recorder.record(outcome), 2)
+    for number in range(2):
+        recorder.add(outcome, number)
+        await until(lambda expected=number + 1: len(lost) == expected, 2)
+        assert lost[-1][0] == number and isinstance(lost[-1][1], ZeroDivisionError)
     await recorder.close()
 
 
@@ -286,14 +288,43 @@ def spec(lab: Any, name: str) -> ModelSpec:
     return ModelSpec.model_validate(row)
 
 
+class Shared:
+    """The limits of one worker, whose callers wait until a model's gate admits them."""
+
+    def __init__(self, pool: Database, worker_id: int) -> None:
+        self.limits = Limits(pool, worker_id, self._wake)
+        self._changed = asyncio.Event()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def slot(self, model: ModelSpec) -> AsyncIterator[None]:
+        gate = self.limits.of_model(model)
+        assert gate is not None
+        gate.waiting += 1
+        try:
+            while not gate.admits():
+                await self._changed.wait()
+        finally:
+            gate.waiting -= 1
+        gate.enter()
+        try:
+            yield
+        finally:
+            gate.leave()
+            self._wake()
+
+
 async def test_workers_that_come_and_go_never_exceed_a_models_concurrency_together(lab: Any) -> None:
     lab.simulator("scarce", max_concurrency=3)
     model, rng = spec(lab, "scarce"), random.Random(7)
     in_flight = most = done = 0
 
-    async def call(limits: Limits) -> None:
+    async def call(limits: Shared) -> None:
         nonlocal in_flight, most, done
-        async with limits.slot(model, tokens=1):
+        async with limits.slot(model):
             in_flight += 1
             most = max(most, in_flight)
             try:
@@ -302,7 +333,7 @@ async def test_workers_that_come_and_go_never_exceed_a_models_concurrency_togeth
                 in_flight -= 1
         done += 1
 
-    async def work(limits: Limits) -> None:
+    async def work(limits: Shared) -> None:
         for _ in range(12):  # bursts, with pauses in which everything is given back
             calls = [asyncio.create_task(call(limits)) for _ in range(rng.randrange(1, 6))]
             if rng.random() < 0.3:
@@ -313,9 +344,9 @@ async def test_workers_that_come_and_go_never_exceed_a_models_concurrency_togeth
 
     pool = Database(lab.url, size=6)
     async with pool.opened():
-        shared = [Limits(pool, await registered(pool)) for _ in range(3)]
+        shared = [Shared(pool, await registered(pool)) for _ in range(3)]
         await asyncio.gather(*(work(limits) for limits in shared))
-        await asyncio.gather(*(limits.close() for limits in shared))
+        await asyncio.gather(*(each.limits.close() for each in shared))
     assert most <= 3 and done > 60
 
 
@@ -324,17 +355,17 @@ async def test_a_wait_that_a_provider_asked_of_one_worker_reaches_another_that_w
     model = spec(lab, "vendor")
     pool = Database(lab.url, size=4)
     async with pool.opened():
-        here, there = Limits(pool, await registered(pool)), Limits(pool, await registered(pool))
+        here, there = Shared(pool, await registered(pool)), Shared(pool, await registered(pool))
         for limits in (here, there):
-            async with limits.slot(model, tokens=1):
+            async with limits.slot(model):
                 pass
         await until(lambda: lab.value("select count(*) from pgharness.model_limits"))
-        here.block(model, 3600)
+        here.limits.block(model, 3600)
         await until(lambda: lab.value("select blocked_until is not null from pgharness.model_limits"))
         async with asyncio.timeout(5):
             with contextlib.suppress(TimeoutError):
                 while True:
-                    async with asyncio.timeout(0.5), there.slot(model, tokens=1):
+                    async with asyncio.timeout(0.5), there.slot(model):
                         await asyncio.sleep(0.05)
         assert lab.value("select count(*) from pgharness.model_leases") == 0
-        await asyncio.gather(here.close(), there.close())
+        await asyncio.gather(here.limits.close(), there.limits.close())

@@ -41,22 +41,22 @@ SECURITY_DEFINERS = {
     ),
     "authors may change a run's state only in the ways that these allow": (
         "pause_run resume_run cancel_run retry_failed requeue_run record_result log"
-        " _lock_run _set_status _settle_run _requeue _drop_jobs"
+        " adjust_run _lock_run _set_status _settle_run _requeue _drop_jobs"
     ),
     "authors import runs made elsewhere, whose rows they may not write": (
         "import_run import_run_items finish_imported_run _import_definition"
     ),
-    "the queue's tables are for workers and for these": "_defer _defer_range _defer_list _put_back",
+    "the queue's tables are for workers and for these": "_defer _defer_range _defer_list _put_back _kept_grades share_slice",
     "workers record what they did, and may write no table of ours": (
-        "load_run load_slice load_inputs record_outcomes charge_crash _missing _record_notes _record_grades"
+        "load_run load_slice load_inputs record_outcomes charge_crash _missing _missing_grades _record_notes _record_grades"
         " _record_failures _record_calls _advance_run"
     ),
     "workers tell how they are, and share limits": (
-        "register_worker attach_queue_worker heartbeat lose_worker sweep lease_model take_requests block_model"
+        "register_worker attach_queue_worker heartbeat lose_worker sweep lease_model lease_run take_requests block_model"
     ),
 }
 # Functions without a pinned search path: a pin would keep Postgres from inlining them, and they name no object.
-INLINED = {"_note_place", "_note_ordinal", "_grade_place", "_score", "_target_criteria"}
+INLINED = {"_note_place", "_note_ordinal", "_grade_place", "_score", "_share", "_target_criteria"}
 TYPES = {
     *("bigint", "integer", "double precision", "numeric", "boolean", "text", "jsonb", "timestamp with time zone"),
     *("text[]", "integer[]", "run_definitions", "run_combinations"),

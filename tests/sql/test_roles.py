@@ -34,6 +34,7 @@ WRITTEN = [
     "logs",
     "model_limits",
     "model_leases",
+    "run_leases",
     "schema_migrations",
 ]
 DEFINED = [

@@ -718,9 +718,8 @@ def test_losing_the_whole_queue_loses_nothing_and_one_call_puts_the_work_back(ur
         db.execute("drop schema procrastinate cascade")
         record(db, worker, note(run, 3))
         assert value(db, "select pgharness.sweep()") == 0
-        assert rows(db, "select * from pgharness.heartbeat(%s, '{}', 'running', %s, '{}')", worker, [run]) == [
-            {"run_id": run, "status": "running", "epoch": 0}
-        ]
+        beat = "select run_id, status, epoch from pgharness.heartbeat(%s, '{}', 'running', %s, '{}')"
+        assert rows(db, beat, worker, [run]) == [{"run_id": run, "status": "running", "epoch": 0}]
         assert orphans(db) == []
         schema.upgrade(db)
         assert receipt(db, "pgharness.requeue_run(%s)", run)["status"] == "running"

@@ -329,7 +329,7 @@ def test_a_run_that_ended_keeps_late_calls_and_nothing_else(tx: Database) -> Non
     work_off(tx, worker)
     before, cost = contents(tx), run_of(tx, run)["note_cost_usd"]
     learned = record(tx, worker, note(run, 0, output="late"), failure(run, "note", 1), lost(run, "grade", 1))
-    assert learned == [{"run_id": run, "status": "completed", "epoch": 0}]
+    assert learned == [{"run_id": run, "status": "completed", "epoch": 0, "priority": 0, "kept_notes": None}]
     after = contents(tx)
     assert {table for table in after if after[table] != before[table]} == {"pgharness.calls", "pgharness.runs"}
     assert run_of(tx, run)["note_cost_usd"] == cost + Decimal("0.5")
@@ -821,7 +821,7 @@ def test_a_heartbeat_learns_the_state_of_runs_and_of_those_that_are_gone(tx: Dat
     paused = start(tx)
     tx.execute("select pgharness.pause_run(%s)", (paused,))
     learned = tx.execute(
-        """select * from pgharness.heartbeat(%s, '{"1": {"note": 3}}', 'draining', %s, '{}')""",
+        """select run_id, status, epoch from pgharness.heartbeat(%s, '{"1": {"note": 3}}', 'draining', %s, '{}')""",
         (worker, [run, paused, 987654321]),
     ).fetchall()
     assert learned == [(run, "running", 0), (paused, "paused", 0), (987654321, "deleted", 0)]

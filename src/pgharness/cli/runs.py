@@ -1,4 +1,4 @@
-"""Commands around runs: start, status, cancel, pause, resume, retry, rerun, export, worker."""
+"""Commands around runs: start, status, cancel, pause, resume, adjust, retry, rerun, export, worker."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ def add_to(app: typer.Typer) -> None:
     ):
         app.command(name, help=f"{text}\n\nExample: pgharness {name} demo/1")(_control(function))
     app.command()(resume)
+    app.command()(adjust)
     app.command()(rerun)
     app.command()(export)
     app.command()(worker)
@@ -108,6 +109,9 @@ def start(
     kind: Annotated[Kind, typer.Option(help="What the run is for.")] = "trial",
     budget: Budget = None,
     priority: Annotated[int, typer.Option(min=-1000, max=1000, help="Higher goes first.")] = 0,
+    max_concurrency: Annotated[
+        int | None, typer.Option(min=1, metavar="CALLS", help="Calls in flight on all workers together, at most.")
+    ] = None,
     name: Annotated[str | None, typer.Option(callback=_named, help="Its name; default INSTANCE/NUMBER.")] = None,
     idempotency_key: Key = None,
     as_json: Json = False,
@@ -124,6 +128,7 @@ def start(
             kind=kind,
             budget_usd=budget,
             priority=priority,
+            max_concurrency=max_concurrency,
             name=name,
             idempotency_key=idempotency_key,
         )
@@ -153,6 +158,24 @@ def resume(context: typer.Context, run: Run, budget: Budget = None, as_json: Jso
     """
     with session_of(context).connection() as connection:
         receipt = database.call(connection, "resume_run", run=run, budget_usd=budget)
+        _print_receipt(connection, receipt[0], as_json)
+
+
+def adjust(
+    context: typer.Context,
+    run: Run,
+    priority: Annotated[int | None, typer.Option(min=-1000, max=1000, help="Higher goes first.")] = None,
+    max_concurrency: Annotated[
+        int | None, typer.Option(min=0, metavar="CALLS", help="Calls in flight on all workers together; 0: no limit.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Change how a run shares the workers with others, while it runs.
+
+    Example: pgharness adjust demo/1 --priority 5
+    """
+    with session_of(context).connection() as connection:
+        receipt = database.call(connection, "adjust_run", run=run, priority=priority, max_concurrency=max_concurrency)
         _print_receipt(connection, receipt[0], as_json)
 
 

@@ -1,0 +1,611 @@
+"""The engine of one worker process: which item begins next, and when a slice is done.
+
+Items of open slices wait in one line per run and model. A place that becomes free goes to the run of the highest
+priority, among equals to the one with the fewest calls in flight; within a run grades go before notes, and notes in the
+order of the plan. A note's grades follow in the same slice when this worker makes both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pgharness.database import TRANSIENT, Database, Row
+from pgharness.errors import ModelError, RequestRejected
+from pgharness.execution.items import (
+    CallRecord,
+    Definition,
+    Item,
+    estimated_tokens,
+    loaded,
+    model_error,
+    next_grades,
+    used_tokens,
+)
+from pgharness.execution.recorder import Recorder
+from pgharness.gateway import Gateway
+from pgharness.gateway.limits import Gate, Limits
+from pgharness.types import Completer, Completion, ItemKind
+
+logger = logging.getLogger(__name__)
+_CRASH_LIMIT = 5
+_SUSPECT_AFTER = 3  # a slice of one item that came back so often is run alone, with its crash charged beforehand
+_CACHED_INPUTS = 2_000
+_CACHED_RUNS = 50
+_ROOM_SECONDS = 0.25  # so long the items that wait should last while the next slice is fetched
+_MOST_NEWS = 1_000  # items taken beyond that, so that a run which has just started need not wait for a big one
+
+
+class HandedBack(Exception):
+    """Not all of a slice was done, because the worker or the run is stopping: it goes back to the queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One queue job: a range of ordinals, or a list of them."""
+
+    run_id: int
+    kind: ItemKind
+    epoch: int
+    first: int | None = None
+    last: int | None = None
+    ordinals: list[int] | None = None
+    crashes: int = 0
+    keeps_grades: bool | None = None
+    job_id: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A slice that is being worked on."""
+
+    work: Slice
+    left: int
+    done: asyncio.Future[None]
+    is_whole: bool = True  # nothing of it was left undone
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """Items of a run that wait for a place and for one model."""
+
+    kind: ItemKind
+    gate: Gate | None
+    items: deque[Item] = field(default_factory=deque)
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A run as this worker knows it: its frozen definition, and what the database last said of its state."""
+
+    run_id: int
+    definition: Definition
+    priority: int
+    status: str = "running"
+    epoch: int = 0
+    slices: int = 0
+    gate: Gate | None = None  # when its calls are capped
+    lines: dict[tuple[ItemKind, int], _Line] = field(default_factory=dict)
+    waiting: int = 0
+    items: int = 0  # those in slices, waiting, in flight and being recorded
+    tasks: set[asyncio.Task[Row]] = field(default_factory=set)
+    in_flight: Counter[ItemKind] = field(default_factory=Counter)
+
+    def wants(self, work: Slice) -> bool:
+        """Tell whether a slice is waited for: what a run that stopped has left comes back under a later epoch."""
+        return self.status == "running" and self.epoch == work.epoch
+
+
+class Engine:
+    """Runs slices of any runs, with at most `concurrency` calls in flight in this process."""
+
+    def __init__(
+        self,
+        database: Database,
+        gateway: Gateway,
+        *,
+        worker_id: int,
+        concurrency: int,
+        queues: Sequence[str] = ("note", "grade"),
+    ) -> None:
+        self._database = database
+        self._gateway = gateway
+        self._worker_id = worker_id
+        self.concurrency = concurrency
+        self._free = concurrency
+        self._limits = Limits(database, worker_id, self._fill_places)
+        self._recorder = Recorder(
+            database,
+            worker_id,
+            keeps_grades="note" in queues and "grade" in queues,
+            on_written=self._on_written,
+            on_lost=self._on_lost,
+        )
+        self._runs: OrderedDict[int, _Run] = OrderedDict()
+        self._inputs: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._claims: dict[tuple[int, ItemKind, int], Item] = {}
+        self._suspect: Item | None = None  # the one that runs alone
+        self._waiting = 0
+        self._loading = 0
+        self._has_news = False
+        self._started: deque[float] = deque(maxlen=4_096)  # when the latest calls began
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+        self._sharing: asyncio.Task[None] | None = None
+        self.is_draining = False
+
+    # -- what the process asks of it
+
+    @property
+    def open_runs(self) -> list[int]:
+        """Ids of the runs with items here."""
+        return [run.run_id for run in self._runs.values() if run.slices]
+
+    @property
+    def in_flight(self) -> dict[str, dict[ItemKind, int]]:
+        """How many calls are in flight, by run and kind of item, as a heartbeat tells it."""
+        return {str(run.run_id): dict(told) for run in self._runs.values() if (told := +run.in_flight)}
+
+    @property
+    def spare(self) -> int:
+        """How many calls could begin if there were items for them."""
+        return 0 if self.is_draining or self._waiting or self._loading else self._free
+
+    async def wait_for_room(self) -> None:
+        """Wait until another slice is welcome: a worker takes no more work than it can start soon."""
+        await self._has_room.wait()
+
+    def hear_news(self) -> None:
+        """There are new jobs: take some even when there is no room, for they may be of a run that has just started."""
+        self._has_news = True
+        self._update_room()
+
+    def took(self, run_id: object) -> None:
+        """A job of this run was taken, or there was none: no news when the run has its share of the places here."""
+        run = next((run for run in self._runs.values() if run.run_id == run_id), None)
+        runs = sum(1 for run in self._runs.values() if run.items)
+        if run_id is None or (run is not None and run.waiting * max(runs, 1) >= self.concurrency):
+            self._has_news = False
+            self._update_room()
+
+    def apply_states(self, states: Sequence[Row]) -> None:
+        """Act on what the database says of runs: abort those that ended, start nothing of those that paused."""
+        for state in states:
+            run = self._runs.get(state["run_id"])
+            # a lower epoch was read before the run was queued anew
+            if run is not None and (state["epoch"] >= run.epoch or state["status"] == "deleted"):
+                self._learn(run, state["status"], state["epoch"])
+                run.priority = state.get("priority", run.priority)
+                if "max_concurrency" in state:
+                    self._cap(run, state["max_concurrency"])
+        idle = max((state.get("idle_elsewhere", 0) for state in states), default=0)
+        if idle and (self._sharing is None or self._sharing.done()):
+            self._sharing = asyncio.create_task(self._share(idle))
+        self._fill_places()
+
+    def _learn(self, run: _Run, status: str, epoch: int) -> None:
+        is_newer = epoch > run.epoch
+        run.status, run.epoch = status, max(epoch, run.epoch)
+        if status in ("cancelled", "failed", "deleted"):
+            for task in list(run.tasks):
+                task.cancel()
+        if status != "running" or is_newer:
+            self._drop(run)  # they may have long to wait, and others wait for them
+
+    def _cap(self, run: _Run, max_concurrency: int | None) -> None:
+        if (run.gate is not None) == (max_concurrency is not None):
+            return
+        if run.gate is not None:
+            run.gate.waiting = 0
+        run.gate = self._limits.of_run(run.run_id) if max_concurrency is not None else None
+        if run.gate is not None:
+            run.gate.waiting = run.waiting  # calls in flight do not count: a new cap holds when they have ended
+
+    def drain(self) -> None:
+        """Start no more items; those in flight end, and slices hand back the rest."""
+        self.is_draining = True
+        for run in self._runs.values():
+            self._drop(run)
+        self._update_room()
+
+    def abort(self) -> None:
+        """Cancel the calls in flight; their items go back to the queue with their slices."""
+        self.drain()
+        for run in self._runs.values():
+            for task in list(run.tasks):
+                task.cancel()
+        self._recorder.hurry()  # what has ended is still written, unless the database stays away
+
+    async def close(self) -> None:
+        """Write what is left and stop."""
+        if self._sharing is not None:
+            self._sharing.cancel()
+        await self._recorder.close()
+        await self._limits.close()
+
+    # -- slices
+
+    async def run_slice(self, work: Slice) -> None:
+        """Do what a slice has left to do. Raises HandedBack unless all that is still wanted of it is durable."""
+        with self._loads():
+            run = await self._load_run(work.run_id)
+        if run is None:
+            return
+        run.slices += 1  # and is not forgotten from here on
+        opened = _Open(work, 0, asyncio.get_running_loop().create_future())
+        try:
+            with self._loads():
+                items = await self._load_items(run, work)
+                opened.left = len(items)
+                if work.crashes >= _SUSPECT_AFTER and len(items) == 1:
+                    items[0].is_suspect = True
+                run.items += len(items)
+                for item in items:
+                    item.slice = opened
+                    self._enqueue(run, item)
+            self._fill_places()
+            if items:
+                await opened.done
+        except asyncio.CancelledError:
+            self._drop(run, opened)
+            raise
+        finally:
+            run.slices -= 1
+        if not opened.is_whole and run.wants(work):
+            raise HandedBack
+
+    async def _load_run(self, run_id: int) -> _Run | None:
+        if run_id not in self._runs:
+            row = (await self._persist("load_run", run_id=run_id))[0]["load_run"]
+            if row is None:
+                return None
+            run = _Run(run_id, Definition(row, self._gateway), row["priority"])
+            self._cap(run, row["max_concurrency"])
+            # another slice may have loaded it meanwhile; there must be one, or its state would not reach all tasks
+            self._runs.setdefault(run_id, run)
+            idle = [run for run in self._runs.values() if not run.slices and not run.items and run.run_id != run_id]
+            for old in idle[: max(len(self._runs) - _CACHED_RUNS, 0)]:
+                del self._runs[old.run_id]
+        return self._runs[run_id]
+
+    async def _load_items(self, run: _Run, work: Slice) -> list[Item]:
+        rows = await self._persist(
+            "load_slice",
+            worker_id=self._worker_id,
+            slice={name: value for name, value in asdict(work).items() if value is not None},
+        )
+        if not rows:
+            return []
+        if work.epoch > run.epoch:
+            self._learn(run, "running", work.epoch)  # or it would have given nothing
+        wanted = {("cases", row["case_id"]) for row in rows}
+        wanted |= {("rubrics", row["rubric_id"]) for row in rows if row["rubric_id"] is not None}
+        wanted |= {("rubrics", rubric_id) for row in rows for rubric_id in row["rubric_ids"] or ()}
+        inputs = {key: self._inputs[key] for key in wanted if key in self._inputs}  # now: others may push them out
+        missing = wanted - inputs.keys()
+        notes = sorted({row["note_ordinal"] for row in rows if row["kind"] == "grade"})
+        if missing or notes:
+            found = (
+                await self._persist(
+                    "load_inputs",
+                    run_id=work.run_id,
+                    cases=[id for table, id in missing if table == "cases"],
+                    rubrics=[id for table, id in missing if table == "rubrics"],
+                    notes=notes,
+                )
+            )[0]["load_inputs"]
+            for table in ("cases", "rubrics", "notes"):
+                for id, content in (found.get(table) or {}).items():
+                    inputs[table, int(id)] = content
+        for key in wanted:
+            self._inputs[key] = inputs[key]
+            self._inputs.move_to_end(key)
+        while len(self._inputs) > _CACHED_INPUTS:
+            self._inputs.popitem(last=False)
+        return loaded(rows, run.definition, inputs)
+
+    async def _persist(self, function: str, /, **args: object) -> list[Row]:
+        """Call the database until it answers, or the worker stops."""
+        delay = 0.1
+        while True:
+            try:
+                return await self._database.call(function, **args)
+            except TRANSIENT as exc:
+                if self.is_draining:
+                    raise HandedBack from exc
+                logger.warning("the database did not answer %s: %s", function, exc)
+                await asyncio.sleep(delay * (0.5 + random.random()))
+                delay = min(delay * 2, 5.0)
+
+    async def _share(self, idle: int) -> None:
+        """Give back part of what waits here, because other workers have nothing to do."""
+        given: dict[_Open, list[Item]] = {}
+        for run in self._runs.values():
+            for line in run.lines.values():
+                # as much as those workers would do of it while we do the rest, from the end of the line
+                count = len(line.items) * idle // (idle + self.concurrency)
+                for _ in range(count):
+                    item = line.items[-1]
+                    if item.slice.work.job_id is None or item.slice.work.kind != item.kind or item.is_suspect:
+                        break
+                    line.items.pop()
+                    self._leave_line(run, line)
+                    given.setdefault(item.slice, []).append(item)
+        for opened, items in given.items():
+            is_given = False
+            try:
+                answer = await self._database.call(
+                    "share_slice",
+                    worker_id=self._worker_id,
+                    job_id=opened.work.job_id,
+                    ordinals=[item.ordinal for item in items],
+                )
+                is_given = answer[0]["share_slice"]
+            except Exception as exc:  # whether they were given is not known: the next load of the slice will tell
+                logger.warning("items could not be shared: %s", exc)
+            for item in items:
+                self._end(item, is_over=is_given)
+
+    # -- lines and places
+
+    def _enqueue(self, run: _Run, item: Item) -> None:
+        if (claimed := self._claims.get(item.key)) is not None:
+            claimed.twins.append(item)  # another slice of this process has it
+            return
+        self._claims[item.key] = item
+        if self.is_draining or not run.wants(item.slice.work):
+            self._end(item, is_over=False)
+            return
+        if item.spec.provider == "metric":
+            try:
+                outcome = item.scored()
+            except Exception as exc:
+                outcome = item.failed(exc)
+            self._recorder.add(outcome, item)
+            return
+        key = (item.kind, item.spec.id)
+        line = run.lines.get(key)
+        if line is None:
+            line = run.lines[key] = _Line(item.kind, self._limits.of_model(item.spec))
+        line.items.append(item)
+        run.waiting += 1
+        self._waiting += 1
+        if line.gate is not None:
+            line.gate.waiting += 1
+        if run.gate is not None:
+            run.gate.waiting += 1
+
+    def _leave_line(self, run: _Run, line: _Line) -> None:
+        """Count that an item was taken from its line."""
+        run.waiting -= 1
+        self._waiting -= 1
+        if line.gate is not None:
+            line.gate.waiting -= 1
+        if run.gate is not None:
+            run.gate.waiting -= 1
+
+    def _drop(self, run: _Run, opened: _Open | None = None) -> None:
+        """End what waits of a run, or of one of its slices, without trying it."""
+        for line in run.lines.values():
+            items, line.items = line.items, deque()
+            for item in items:
+                if opened is None or item.slice is opened:
+                    self._leave_line(run, line)
+                    self._end(item, is_over=False)
+                else:
+                    line.items.append(item)
+        self._update_room()
+
+    def _fill_places(self) -> None:
+        """Begin items while there are places for them."""
+        while self._free > 0 and self._waiting and (found := self._next()) is not None:
+            run, line = found
+            item = line.items.popleft()
+            self._leave_line(run, line)
+            self._begin(run, line, item)
+        self._update_room()
+
+    def _next(self) -> tuple[_Run, _Line] | None:
+        """Return the line whose first item begins next, or None when nothing may."""
+        runs = [run for run in self._runs.values() if run.waiting]
+        if len(runs) > 1:
+            runs.sort(key=lambda run: (-run.priority, len(run.tasks)))
+        for run in runs:
+            if run.gate is not None and not run.gate.admits():
+                continue
+            best: _Line | None = None
+            for line in run.lines.values():
+                if not line.items or (best is not None and not _goes_before(line, best)):
+                    continue
+                item = line.items[0]
+                if item.is_suspect and self._suspect is not None:
+                    continue
+                if line.gate is not None:
+                    if item.request is None and item.trouble is None:
+                        self._prepare(run, item)
+                    line.gate.tokens = item.tokens
+                    if not line.gate.admits():
+                        continue
+                best = line
+            if best is not None:
+                return run, best
+        return None
+
+    def _prepare(self, run: _Run, item: Item) -> None:
+        """Make what an item asks, or keep why it cannot be made."""
+        try:
+            run.definition.completer(item)
+            request = run.definition.request(item)
+            item.tokens = estimated_tokens(request, item.spec)
+            item.request = request
+        except Exception as exc:
+            item.trouble = exc
+
+    def _begin(self, run: _Run, line: _Line, item: Item) -> None:
+        if item.request is None and item.trouble is None:
+            self._prepare(run, item)
+        request, item.request = item.request, None
+        if request is None:
+            assert item.trouble is not None
+            self._recorder.add(item.failed(item.trouble), item)
+            return
+        completer = run.definition.completer(item)
+        run_gate = run.gate
+        charged = line.gate.enter() if line.gate is not None else 0.0
+        if run_gate is not None:
+            run_gate.enter()
+        self._free -= 1
+        run.in_flight[item.kind] += 1
+        self._started.append(time.monotonic())
+        if item.is_suspect:
+            self._suspect = item
+        call = self._try_alone if item.is_suspect else self._try
+        task = asyncio.get_running_loop().create_task(call(item, completer, request, line.gate, charged))
+        run.tasks.add(task)
+
+        def ended(task: asyncio.Task[Row]) -> None:
+            # here and not in the task: one that is cancelled before its first step runs nothing of its own
+            run.tasks.discard(task)
+            run.in_flight[item.kind] -= 1
+            self._free += 1
+            if line.gate is not None:
+                line.gate.leave()
+            if run_gate is not None:
+                run_gate.leave()
+            if item.is_suspect:
+                self._suspect = None
+            if task.cancelled():
+                self._end(item, is_over=False)
+            elif exc := task.exception():
+                logger.error("item %s was left undone", item.key, exc_info=exc)
+                self._end(item, is_over=False)
+            else:
+                self._recorder.add(task.result(), item)
+            self._fill_places()
+
+        task.add_done_callback(ended)
+
+    # -- tries
+
+    async def _try(self, item: Item, completer: Completer, request: Any, gate: Gate | None, charged: float) -> Row:
+        """Make the one call of this try and return its outcome; a cancelled call is recorded as such."""
+        record = CallRecord(item.spec)
+        completion: Completion | None = None
+        error: ModelError
+        try:
+            completion = await completer(request)
+            answer = item.read(completion)
+        except asyncio.CancelledError:
+            self._recorder.add(item.outcome("cancelled", [record.cancelled()]))
+            raise
+        except Exception as exc:
+            error = model_error(exc)
+        else:
+            if gate is not None:
+                gate.settle(charged, completion.usage.input_tokens + completion.usage.output_tokens)
+            return item.outcome("succeeded", [record.succeeded(completion)]) | answer
+        if error.retry_after is not None and not error.spends_attempt:
+            self._limits.block(item.spec, error.retry_after)
+        if gate is not None:
+            gate.settle(charged, sum(used_tokens(completion or error)[:2]))
+        return item.failed(error, [record.failed(error, completion)])
+
+    async def _try_alone(self, item: Item, *arguments: Any) -> Row:
+        """Make a try that may kill this process: count the crash that follows if it does; fail after enough."""
+        charged = await self._persist("charge_crash", run_id=item.run_id, kind=item.kind, ordinal=item.ordinal)
+        if charged[0]["charge_crash"] > _CRASH_LIMIT:
+            error = RequestRejected(f"the worker process died {_CRASH_LIMIT} times while it ran this item alone")
+            return item.failed(error) | {"cause": "crashed"}
+        return await self._try(item, *arguments)
+
+    # -- ends
+
+    def _on_written(self, written: Sequence[tuple[Row, Any]], states: Sequence[Row], is_repeated: bool) -> None:
+        self.apply_states(states)
+        kept = {state["run_id"]: None if state["kept_notes"] is None else set(state["kept_notes"]) for state in states}
+        for outcome, item in written:
+            if item is None:
+                continue
+            if item.kind == "note" and outcome["result"] == "succeeded":
+                notes = kept.get(item.run_id)
+                # of a group that may have been written before, which notes were new then is not known any more
+                if notes is not None and (is_repeated or item.ordinal in notes):
+                    item.note = outcome["output"]
+                    self._follow(item)
+            self._end(item, is_over=True)
+        self._fill_places()
+
+    def _follow(self, note: Item) -> None:
+        """Put the grades of a note that was just made into its slice."""
+        run = self._runs[note.run_id]
+        definition = run.definition
+        grades = next_grades(note, definition.combinations[note.combination_number], definition.stride)
+        note.slice.left += len(grades)
+        run.items += len(grades)
+        for grade in grades:
+            self._enqueue(run, grade)
+
+    def _on_lost(self, item: Any, error: Exception) -> None:
+        if item is not None:
+            self._end(item, is_over=False)
+
+    def _end(self, item: Item, *, is_over: bool) -> None:
+        """Take an item out of its slice: what became of it is durable, or else it goes back with the slice."""
+        if item.slice is None:
+            return
+        del self._claims[item.key]
+        run = self._runs[item.run_id]
+        twins, item.twins = item.twins, []
+        _close(run, item, is_over)
+        for twin in twins:
+            if is_over and item.tries >= twin.tries:  # the same try, or a later one
+                _close(run, twin, True)
+            else:
+                self._enqueue(run, twin)
+
+    # -- room
+
+    @contextmanager
+    def _loads(self) -> Iterator[None]:
+        self._loading += 1
+        self._update_room()
+        try:
+            yield
+        finally:
+            self._loading -= 1
+            self._update_room()
+
+    def _update_room(self) -> None:
+        if self.is_draining:
+            self._has_room.set()
+            return
+        since = time.monotonic() - _ROOM_SECONDS
+        while self._started and self._started[0] < since:
+            self._started.popleft()
+        enough = max(self.concurrency, len(self._started))
+        if self._loading < 4 and (self._waiting < enough or (self._has_news and self._waiting < enough + _MOST_NEWS)):
+            self._has_room.set()
+        else:
+            self._has_room.clear()
+
+
+def _close(run: _Run, item: Item, is_over: bool) -> None:
+    opened, item.slice = item.slice, None
+    run.items -= 1
+    opened.left -= 1
+    opened.is_whole = opened.is_whole and is_over
+    if not opened.left and not opened.done.done():
+        opened.done.set_result(None)
+
+
+def _goes_before(line: _Line, other: _Line) -> bool:
+    if line.kind != other.kind:
+        return line.kind == "grade"
+    return line.items[0].ordinal < other.items[0].ordinal
