@@ -41,12 +41,18 @@ begin
     end loop;
     revoke execute on function
         pgharness.load_run(bigint), pgharness.load_inputs(bigint, bigint[], bigint[], bigint[]),
-        pgharness.load_slice(bigint, jsonb),
+        pgharness.load_slice(bigint, jsonb), pgharness.next_run(text[]),
         pgharness.record_outcomes(bigint, jsonb, boolean), pgharness.charge_crash(bigint, text, bigint),
         pgharness.register_worker(text, integer, text, text[], integer, jsonb), pgharness.attach_queue_worker(bigint, bigint),
         pgharness.heartbeat(bigint, jsonb, text, bigint[], bigint[], integer), pgharness.share_slice(bigint, bigint, bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),
         pgharness.lease_model(bigint, bigint, integer, integer), pgharness.lease_run(bigint, bigint, integer, integer), pgharness.take_requests(bigint, integer, bigint),
         pgharness.block_model(bigint, double precision)
+        from pgharness_author;
+
+    -- archiving deletes what the harness wrote: for the owner, as deleting a run is
+    revoke execute on function
+        pgharness.detach_run(bigint, text, text, bigint, jsonb), pgharness.begin_restore(bigint, text),
+        pgharness.restore_rows(bigint, text, json), pgharness.finish_restore(bigint)
         from pgharness_author;
 
     -- working: the queue's own tables and functions, and the work functions; no insert, update or delete of ours
@@ -55,7 +61,7 @@ begin
     grant execute on all functions in schema procrastinate to pgharness_worker;
     grant execute on function
         pgharness.load_run(bigint), pgharness.load_inputs(bigint, bigint[], bigint[], bigint[]),
-        pgharness.load_slice(bigint, jsonb),
+        pgharness.load_slice(bigint, jsonb), pgharness.next_run(text[]),
         pgharness.record_outcomes(bigint, jsonb, boolean), pgharness.charge_crash(bigint, text, bigint),
         pgharness.register_worker(text, integer, text, text[], integer, jsonb), pgharness.attach_queue_worker(bigint, bigint),
         pgharness.heartbeat(bigint, jsonb, text, bigint[], bigint[], integer), pgharness.share_slice(bigint, bigint, bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),

@@ -24,7 +24,7 @@ ROWS = (
     {"worker", "web"},
     {"queue"},
     {"clinical_runner", "execution", "experiment", "report"},
-    {"datasets", "grading", "importing", "metrics", "trace", "telemetry", "training", "redteam"},
+    {"archiving", "datasets", "grading", "importing", "metrics", "trace", "telemetry", "training", "redteam"},
     {"gateway", "prompts"},
     {"schema"},
     {"database", "embedded"},

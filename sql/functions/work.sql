@@ -32,7 +32,7 @@ create or replace function pgharness._queue_exists() returns boolean
 as $$ select to_regclass('procrastinate.procrastinate_jobs') is not null; $$;
 comment on function pgharness._queue_exists() is 'Whether the queue''s schema is installed: our rows are kept without it.';
 
-create or replace function pgharness._defer(run_id bigint, kind text, slices jsonb[], at timestamptz) returns void
+create or replace function pgharness._defer(run_id bigint, kind text, slices jsonb[], at timestamptz default null, comes_anew boolean default false) returns void
     language plpgsql volatile security definer set search_path = pgharness, procrastinate, pg_temp
 as $$
 declare
@@ -44,11 +44,12 @@ begin
         return;                                         -- requeue_run() finds what is missing once the queue is back
     end if;
     select * into strict v_run from runs as r where r.id = _defer.run_id;
-    -- runs of one priority take turns: a job's turn grows with the items of its run that go before it, and a run that comes later begins
-    -- with the turn that the others have reached
+    -- runs of one priority take turns: a job's turn grows with the items of its run that go before it, and a run that comes anew begins
+    -- just before the turn that the others have reached
     v_top := v_run.priority * 1000000;
     v_turn := coalesce((select (v_top - j.priority) / 2 from procrastinate_jobs as j
-                         where j.status = 'todo' and j.priority between v_top - 999999 and v_top order by j.priority desc limit 1), 0);
+                         where j.status = 'todo' and j.priority between v_top - 999999 and v_top order by j.priority desc limit 1), 100);
+    v_turn := greatest(v_turn - _defer.comes_anew::integer, 0);
     perform procrastinate_defer_jobs_v1(array(
         select row(_defer.kind, 'pgharness.slice', v_top - 2 * least(v_turn + part.items_before / 64, 499999)::integer - (_defer.kind = 'note')::integer, null, null,
                    jsonb_build_object('run_id', v_run.id, 'kind', _defer.kind, 'epoch', v_run.epoch) || part.slice, _defer.at)::procrastinate_job_to_defer_v1
@@ -59,14 +60,14 @@ begin
          order by part.n));
 end;
 $$;
-comment on function pgharness._defer(bigint, text, jsonb[], timestamptz) is
+comment on function pgharness._defer(bigint, text, jsonb[], timestamptz, boolean) is
 'Queue slices of a run, one job each, in this transaction. Runs of one priority take turns by the items that they have queued; grades go before notes of the same turn, so that results come early.';
 
 create or replace function pgharness._defer_range(run_id bigint, kind text, first bigint, last bigint, size integer) returns void
     language sql volatile security definer set search_path = pgharness, pg_temp
 as $$
     select _defer(run_id, kind, array(
-        select jsonb_build_object('first', f, 'last', least(f + size - 1, last)) from generate_series(first, last, size) as f), null);
+        select jsonb_build_object('first', f, 'last', least(f + size - 1, last)) from generate_series(first, last, size) as f), comes_anew => true);
 $$;
 comment on function pgharness._defer_range(bigint, text, bigint, bigint, integer) is 'Queue a range of ordinals in slices of a size.';
 
@@ -78,6 +79,21 @@ as $$
           from generate_series(1, cardinality(ordinals), size) as i), at);
 $$;
 comment on function pgharness._defer_list(bigint, text, bigint[], integer, timestamptz, integer) is 'Queue a list of ordinals in slices of a size, now or at a time.';
+
+create or replace function pgharness.next_run(queues text[]) returns bigint
+    language plpgsql stable security definer set search_path = pgharness, pg_temp
+as $$
+begin
+    if not _queue_exists() then
+        return null;
+    end if;
+    return (select (j.args ->> 'run_id')::bigint from procrastinate.procrastinate_jobs as j
+             where j.status = 'todo' and j.queue_name = any (next_run.queues) and (j.scheduled_at is null or j.scheduled_at <= clock())
+             order by j.priority desc, j.id limit 1);
+end;
+$$;
+comment on function pgharness.next_run(text[]) is
+'For workers: the run whose turn it is in the queue, so that one that has its hands full can see whether it is of a run that it has nothing of. Null when nothing waits. Example: select pgharness.next_run(''{note,grade}'');';
 
 create or replace function pgharness._drop_jobs(run_id bigint) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -167,7 +183,7 @@ begin
                       where f.run_id = v_run.id and f.kind = 'note' and f.status = 'failed' group by 1) as f
             on f.bucket = b.first / v_size
          where coalesce(n.done, 0) + coalesce(f.failed, 0) < least(v_size, v_run.note_count - b.first)
-         order by b.first), null);
+         order by b.first), comes_anew => true);
     v_size := greatest(1, _slice_size(v_run.grade_count - v_run.grades_succeeded, _item_seconds(v_run.id, 'grade')) / v_stride);
     perform _defer(v_run.id, 'grade', array(
         select jsonb_build_object('first', n.bucket * v_size * v_stride, 'last', (n.bucket + 1) * v_size * v_stride - 1)
@@ -180,7 +196,7 @@ begin
                       where f.run_id = v_run.id and f.kind = 'grade' and f.status = 'failed' group by 1) as f
             on f.bucket = n.bucket
          where coalesce(g.done, 0) + coalesce(f.failed, 0) < n.planned
-         order by n.bucket), null);
+         order by n.bucket), comes_anew => true);
     perform _settle_run(v_run.id);
 end;
 $$;

@@ -85,12 +85,12 @@ begin
         return false;
     end if;
     perform _defer_list((v_args ->> 'run_id')::bigint, v_args ->> 'kind', array(select o from unnest(share_slice.ordinals) as o order by o),
-                        greatest(1, ceil(cardinality(share_slice.ordinals) / 8.0))::integer);
+                        ceil(cardinality(share_slice.ordinals) / (select greatest(8.0, 4 * count(*)) from workers as w where w.status = 'running'))::integer);
     return true;
 end;
 $$;
 comment on function pgharness.share_slice(bigint, bigint, bigint[]) is
-'For workers: give items of a job that were not begun back to the queue, in up to 8 parts, because other workers have nothing to do. False when the job is not this worker''s any more. Example: select pgharness.share_slice(1, 10, ''{5,6,7}'');';
+'For workers: give items of a job that were not begun back to the queue, in several parts, because other workers have nothing to do. False when the job is not this worker''s any more. Example: select pgharness.share_slice(1, 10, ''{5,6,7}'');';
 
 create or replace function pgharness._put_back(job_id bigint, has_crashed boolean) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp

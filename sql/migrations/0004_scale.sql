@@ -41,3 +41,4 @@ drop function if exists pgharness.record_outcomes(bigint, jsonb);
 drop function if exists pgharness._advance_run(bigint, pgharness.run_definitions, bigint[], bigint[], pgharness.failures[]);
 drop function if exists pgharness.heartbeat(bigint, jsonb, text, bigint[], bigint[]);
 drop function if exists pgharness._slice_size(bigint);
+drop function if exists pgharness._defer(bigint, text, jsonb[], timestamptz);

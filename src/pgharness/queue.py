@@ -25,6 +25,7 @@ from pgharness.execution import Engine, HandedBack, Slice
 logger = logging.getLogger(__name__)
 QUEUES = ("note", "grade")
 _POLLING_SECONDS = 1.0
+_PEEKING_SECONDS = 0.05
 _NEVER_SECONDS = 10 * 365 * 86400.0
 _T = TypeVar("_T")
 
@@ -46,14 +47,16 @@ class _Jobs(JobManager):
         self._queue = queue
 
     async def fetch_job(self, queues: Iterable[str] | None, worker_id: int) -> Job | None:
-        await self._queue.engine.wait_for_room()
-        if self._queue.is_stopping:
-            return None
         try:
-            job = await super().fetch_job(queues, worker_id)
-            self._queue.engine.took(job.task_kwargs["run_id"] if job is not None else None)
-            return job
-        except queue_errors.ConnectorException as exc:
+            while not await self._queue.engine.wait_for_room():
+                found = await self._queue.database.call("next_run", queues=list(queues or QUEUES))
+                if self._queue.engine.welcomes(found[0]["next_run"]):
+                    break
+                await asyncio.sleep(_PEEKING_SECONDS)
+            if self._queue.is_stopping:
+                return None
+            return await super().fetch_job(queues, worker_id)
+        except (queue_errors.ConnectorException, *TRANSIENT) as exc:
             logger.warning("no job could be fetched: %s", _reason(exc))
             await asyncio.sleep(0.5 * (0.5 + random.random()))
             return None
@@ -125,7 +128,8 @@ class Queue:
                 self._working = asyncio.create_task(
                     self._app.run_worker_async(
                         queues=list(queues),
-                        concurrency=max(self.engine.concurrency, 8),
+                        # the engine says when it has room; this bound only has to be far beyond that
+                        concurrency=3 * self.engine.concurrency + 100,
                         fetch_job_polling_interval=_POLLING_SECONDS,
                         abort_job_polling_interval=_NEVER_SECONDS,
                         update_heartbeat_interval=_NEVER_SECONDS,

@@ -46,7 +46,7 @@ SECURITY_DEFINERS = {
     "authors import runs made elsewhere, whose rows they may not write": (
         "import_run import_run_items finish_imported_run _import_definition"
     ),
-    "the queue's tables are for workers and for these": "_defer _defer_range _defer_list _put_back _kept_grades share_slice",
+    "the queue's tables are for workers and for these": "_defer _defer_range _defer_list _put_back _kept_grades share_slice next_run",
     "workers record what they did, and may write no table of ours": (
         "load_run load_slice load_inputs record_outcomes charge_crash _missing _missing_grades _record_notes _record_grades"
         " _record_failures _record_calls _advance_run"
@@ -56,7 +56,7 @@ SECURITY_DEFINERS = {
     ),
 }
 # Functions without a pinned search path: a pin would keep Postgres from inlining them, and they name no object.
-INLINED = {"_note_place", "_note_ordinal", "_grade_place", "_score", "_share", "_target_criteria"}
+INLINED = {"_note_place", "_note_ordinal", "_grade_place", "_score", "_share", "_target_criteria", "_line_checksum"}
 TYPES = {
     *("bigint", "integer", "double precision", "numeric", "boolean", "text", "jsonb", "timestamp with time zone"),
     *("text[]", "integer[]", "run_definitions", "run_combinations"),

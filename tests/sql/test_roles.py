@@ -35,6 +35,7 @@ WRITTEN = [
     "model_limits",
     "model_leases",
     "run_leases",
+    "archives",
     "schema_migrations",
 ]
 DEFINED = [

@@ -135,6 +135,7 @@ class Engine:
         self._waiting = 0
         self._loading = 0
         self._has_news = False
+        self._sated: int | None = None  # the run whose turn it is in the queue, when it had its share here
         self._started: deque[float] = deque(maxlen=4_096)  # when the latest calls began
         self._has_room = asyncio.Event()
         self._has_room.set()
@@ -158,22 +159,25 @@ class Engine:
         """How many calls could begin if there were items for them."""
         return 0 if self.is_draining or self._waiting or self._loading else self._free
 
-    async def wait_for_room(self) -> None:
-        """Wait until another slice is welcome: a worker takes no more work than it can start soon."""
+    async def wait_for_room(self) -> bool:
+        """Wait until another slice is welcome: a worker takes no more work than it can start soon.
+
+        Returns False when there is no room, but news: then only a run that it `welcomes` should be taken.
+        """
         await self._has_room.wait()
+        return self.is_draining or self._needs_more()
 
     def hear_news(self) -> None:
-        """There are new jobs: take some even when there is no room, for they may be of a run that has just started."""
-        self._has_news = True
+        """There are new jobs, and they may be of a run that has just started."""
+        self._has_news, self._sated = True, None
         self._update_room()
 
-    def took(self, run_id: object) -> None:
-        """A job of this run was taken, or there was none: no news when the run has its share of the places here."""
-        run = next((run for run in self._runs.values() if run.run_id == run_id), None)
-        runs = sum(1 for run in self._runs.values() if run.items)
-        if run_id is None or (run is not None and run.waiting * max(runs, 1) >= self.concurrency):
-            self._has_news = False
-            self._update_room()
+    def welcomes(self, run_id: int | None) -> bool:
+        """Tell whether a job of this run, whose turn it is in the queue, should be taken though there is no room."""
+        self._has_news, self._sated = run_id is not None, run_id
+        is_welcome = run_id is not None and self._is_short_of(run_id)
+        self._update_room()
+        return is_welcome
 
     def apply_states(self, states: Sequence[Row]) -> None:
         """Act on what the database says of runs: abort those that ended, start nothing of those that paused."""
@@ -583,17 +587,30 @@ class Engine:
             self._update_room()
 
     def _update_room(self) -> None:
-        if self.is_draining:
-            self._has_room.set()
-            return
-        since = time.monotonic() - _ROOM_SECONDS
-        while self._started and self._started[0] < since:
-            self._started.popleft()
-        enough = max(self.concurrency, len(self._started))
-        if self._loading < 4 and (self._waiting < enough or (self._has_news and self._waiting < enough + _MOST_NEWS)):
+        has_news = self._has_news and (self._sated is None or self._is_short_of(self._sated))
+        if self.is_draining or (self._loading < 4 and (has_news or self._needs_more())):
             self._has_room.set()
         else:
             self._has_room.clear()
+
+    def _enough(self) -> int:
+        since = time.monotonic() - _ROOM_SECONDS
+        while self._started and self._started[0] < since:
+            self._started.popleft()
+        return max(self.concurrency, len(self._started))
+
+    def _needs_more(self) -> bool:
+        return self._waiting < self._enough()
+
+    def _is_short_of(self, run_id: int) -> bool:
+        """Tell whether less of a run waits here than its share of the places, which those below it have no part in."""
+        run = self._runs.get(run_id)
+        if self._waiting >= self._enough() + _MOST_NEWS:
+            return False
+        if run is None or not run.items:
+            return True
+        rivals = sum(1 for other in self._runs.values() if other.items and other.priority >= run.priority)
+        return run.waiting * rivals < self.concurrency
 
 
 def _close(run: _Run, item: Item, is_over: bool) -> None:
