@@ -316,6 +316,7 @@ def _answer(scene: Scene, recorded: Recorded, text: str, name: str) -> dict[str,
         "usage": {
             "prompt_tokens": INPUT_TOKENS,
             "completion_tokens": OUTPUT_TOKENS,
+            "total_tokens": INPUT_TOKENS + OUTPUT_TOKENS,
             "prompt_tokens_details": {"cached_tokens": CACHED_TOKENS},
         },
     }

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import regex
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from pgharness.errors import InvalidOutput, RequestRejected
 from pgharness.prompts import text_of
@@ -33,6 +34,9 @@ class Verdict(BaseModel):
     satisfaction: float = Field(ge=0, le=100, allow_inf_nan=False)
 
 
+_VERDICTS = TypeAdapter(list[Verdict])
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """A metric's score out of its maximum."""
@@ -47,8 +51,9 @@ def criteria_values(rubric: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return [{**criterion, "number": number} for number, criterion in enumerate(criteria, start=1)]
 
 
-def verdict_schema(count: int) -> dict[str, Any]:
-    """Return the JSON Schema of an answer with so many verdicts."""
+@lru_cache(maxsize=256)
+def verdict_schema(count: int) -> Mapping[str, Any]:
+    """Return the JSON Schema of an answer with so many verdicts: one object for each number, not to be changed."""
     verdict = {
         "type": "object",
         "properties": {
@@ -76,15 +81,14 @@ def read_verdicts(answer: Any, count: int, *, text: str) -> list[dict[str, Any]]
         raise InvalidOutput('the answer has no array under "verdicts"', text=text)
     if len(found) != count:
         raise InvalidOutput(f"the answer has {len(found)} verdicts for {count} criteria", text=text)
-    verdicts = []
-    for number, item in enumerate(found, start=1):
-        try:
-            verdicts.append(Verdict.model_validate(item).model_dump())
-        except ValidationError as exc:
-            problem = exc.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"]) or "it"
-            raise InvalidOutput(f"verdict {number}: {where}: {problem['msg']}", text=text) from None
-    return verdicts
+    try:
+        verdicts = _VERDICTS.validate_python(found)
+    except ValidationError as exc:
+        problem = exc.errors()[0]
+        index, *place = problem["loc"]
+        where = ".".join(str(part) for part in place) or "it"
+        raise InvalidOutput(f"verdict {int(index) + 1}: {where}: {problem['msg']}", text=text) from None
+    return [{"rationale": verdict.rationale, "satisfaction": verdict.satisfaction} for verdict in verdicts]
 
 
 def score_metric(metric: str, parameters: Mapping[str, Any], output: Any, target: Any) -> Score:

@@ -16,9 +16,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pgharness.errors import RequestRejected
 from pgharness.types import Message
 
-_ENVIRONMENT = ImmutableSandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True
-)
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, without its detour over an exception for what lies in a dict."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+
+_ENVIRONMENT = _Environment(undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
 
 
 class Prompt:
@@ -49,12 +57,14 @@ class Prompt:
 
 def _compile(name: str, text: str) -> jinja2.Template:
     try:
-        return _ENVIRONMENT.from_string(text)
+        template = _ENVIRONMENT.from_string(text)
     except jinja2.TemplateSyntaxError as exc:
         raise RequestRejected(
             f"{name} is not a valid template (line {exc.lineno}): {exc.message}",
             hint="Mend it in pgharness.instances and start a new run.",
         ) from exc
+    template.globals = dict(template.globals)  # a ChainMap, which every rendering would copy name by name
+    return template
 
 
 def text_of(value: Any) -> str:
@@ -72,10 +82,8 @@ def text_of(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
-def case_values(
-    case: Mapping[str, Any], *, config: Mapping[str, Any], overlap: int, replication: int
-) -> dict[str, Any]:
-    """Return what templates see of a case."""
+def case_facts(case: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what templates see of a case in every item; worth keeping, for a transcript takes long to become text."""
     target = case.get("target")
     return {
         "case_name": case["name"],
@@ -83,7 +91,11 @@ def case_values(
         "input": case["input"],
         "target": None if target is None else text_of(target),
         "metadata": case.get("metadata") or {},
-        "config": config,
-        "overlap": overlap,
-        "replication": replication,
     }
+
+
+def case_values(
+    case: Mapping[str, Any], *, config: Mapping[str, Any], overlap: int, replication: int
+) -> dict[str, Any]:
+    """Return what templates see of a case in one item."""
+    return {**case_facts(case), "config": config, "overlap": overlap, "replication": replication}

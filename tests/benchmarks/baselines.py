@@ -2,30 +2,36 @@
 
     baselines.py jobs URL --count 3000       Procrastinate's no-op jobs: stock app, stock worker
     baselines.py idle URL                    a stock worker that prints the time at which each job starts
-    baselines.py loop URL --concurrency 100  a bare loop of the HTTP client, without database or harness
+    baselines.py loop URL --concurrency 100  a bare loop of the workers' HTTP transport, without database or harness
+    baselines.py aiohttp URL                 the same loop with aiohttp itself
 
-`jobs` and `loop` print one line of JSON.
+All but `idle` print one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
 import resource
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import aiohttp
 import httpx
 from bed import NOTE, Process
-from httpx_aiohttp import HttpxAiohttpClient
+from httpx_aiohttp import AiohttpTransport
 from procrastinate import App, PsycopgConnector
 
 from pgharness.gateway.providers import wire_format
 from pgharness.grading import verdict_schema
 from pgharness.types import Message, ModelSpec, Request
+
+_HEADERS = {"content-type": "application/json"}
 
 
 def _app(url: str) -> App:
@@ -67,7 +73,48 @@ async def idle(url: str) -> None:
         await app.run_worker_async()
 
 
-async def loop_http(base_url: str, *, concurrency: int, ramp: float, window: float) -> dict[str, Any]:
+Post = Callable[[str, bytes], Awaitable[object]]
+
+
+@contextlib.asynccontextmanager
+async def _httpx() -> AsyncIterator[Post]:
+    """Open what carries the workers' requests: httpx's requests over aiohttp, without httpx's client between them."""
+    transport = AiohttpTransport(client=lambda: aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+    timeout = {"timeout": httpx.Timeout(60.0).as_dict()}
+
+    async def post(url: str, content: bytes) -> object:
+        request = httpx.Request("POST", url, content=content, headers=_HEADERS, extensions=timeout)
+        response = await transport.handle_async_request(request)
+        text = await response.aread()
+        if response.status_code != 200:
+            raise RuntimeError(f"the stub answered {response.status_code}: {text!r}")
+        return json.loads(text)
+
+    async with transport:
+        yield post
+
+
+@contextlib.asynccontextmanager
+async def _aiohttp() -> AsyncIterator[Post]:
+    """Open a client of aiohttp's own, as its manual has it."""
+    timeout = aiohttp.ClientTimeout(total=60.0)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+
+        async def post(url: str, content: bytes) -> object:
+            async with session.post(url, data=content, headers=_HEADERS, raise_for_status=True) as response:
+                return await response.json()
+
+        yield post
+
+
+async def loop_http(
+    opened: contextlib.AbstractAsyncContextManager[Post],
+    base_url: str,
+    *,
+    concurrency: int,
+    ramp: float,
+    window: float,
+) -> dict[str, Any]:
     """Keep so many requests in flight; return when each started and ended, and what the process used."""
     spec = ModelSpec(id=1, name="stub", provider="openai_compatible", model="stub", base_url=base_url)
     wire = wire_format(spec)
@@ -77,27 +124,22 @@ async def loop_http(base_url: str, *, concurrency: int, ramp: float, window: flo
     spans: list[tuple[float, float]] = []
     until = time.time() + ramp + window + 1.0
 
-    async def ask(client: httpx.AsyncClient, number: int) -> None:
+    async def ask(post: Post, number: int) -> None:
         for turn in itertools.count(number):
             start = time.time()
             if start >= until:
                 return
-            response = await client.post(
-                calls[0].url, content=contents[turn % 2], headers={"content-type": "application/json"}
-            )
-            response.raise_for_status()
-            response.json()
+            await post(calls[0].url, contents[turn % 2])
             spans.append((start, time.time()))
 
-    limits = httpx.Limits(max_connections=0)  # aiohttp's word for no limit
-    async with HttpxAiohttpClient(limits=limits, timeout=httpx.Timeout(60.0)) as client:
-        await asyncio.gather(*(ask(client, number) for number in range(concurrency)))
-    return {"spans": spans, "resident_mib": Process(os.getpid()).resident_mib}
+    async with opened as post:
+        await asyncio.gather(*(ask(post, number) for number in range(concurrency)))
+    return {"spans": spans, "resident_mb": Process(os.getpid()).resident_mb}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", choices=("jobs", "idle", "loop"))
+    parser.add_argument("program", choices=("jobs", "idle", "loop", "aiohttp"))
     parser.add_argument("url")
     parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--concurrency", type=int, default=100)
@@ -111,8 +153,9 @@ def main() -> None:
     elif options.program == "idle":
         asyncio.run(idle(options.url))
     else:
-        answer = loop_http(options.url, concurrency=options.concurrency, ramp=options.ramp, window=options.window)
-        print(json.dumps(asyncio.run(answer)))
+        opened = _aiohttp() if options.program == "aiohttp" else _httpx()
+        load = {"concurrency": options.concurrency, "ramp": options.ramp, "window": options.window}
+        print(json.dumps(asyncio.run(loop_http(opened, options.url, **load))))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Nothing here measures. Everything that is started is stopped on exit, and the se
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -49,11 +50,11 @@ _TURNS = (
     ("Patient", "Should I stay at home? I work in a kitchen with eleven other people."),
     ("Doctor", "Yes, until the fever has been gone for a day. Come back at once if breathing gets harder."),
 )
-_CRITERIA = (
-    ("Records the cough of nine days with fever up to 38.7 degrees.", 30),
-    ("Records the asthma and the allergy to penicillin.", 30),
-    ("Records the crackles at the right base and the saturation.", 20),
-    ("Records doxycycline for five days, the chest film and the safety net.", 20),
+CRITERIA = (
+    {"criterion": "Records the cough of nine days with fever up to 38.7 degrees.", "weight": 30},
+    {"criterion": "Records the asthma and the allergy to penicillin.", "weight": 30},
+    {"criterion": "Records the crackles at the right base and the saturation.", "weight": 20},
+    {"criterion": "Records doxycycline for five days, the chest film and the safety net.", "weight": 20},
 )
 NOTE = (
     "Subjective: " + "; ".join(text for speaker, text in _TURNS if speaker == "Patient") + ".\n"
@@ -61,14 +62,15 @@ NOTE = (
 )
 _WORLD = """
 insert into pgharness.models (name, provider, model, base_url, parameters)
-values (%(model)s, %(provider)s, %(model)s, %(base_url)s, %(parameters)s);
+select %(model)s || '-' || i, %(provider)s, %(model)s, %(base_url)s, %(parameters)s from generate_series(1, %(combinations)s) as i;
 insert into pgharness.cases (name, input) select 'case-' || i, %(input)s from generate_series(1, %(cases)s) as i;
 insert into pgharness.rubrics (case_name, author, validation, criteria)
-select 'case-' || i, 'ann', 'accepted', %(criteria)s from generate_series(1, %(cases)s) as i;
-insert into pgharness.instances (name, note_replications, rubrics_per_case) values ('bench', 1, 1);
+select 'case-' || i, 'author-' || a, 'accepted', %(criteria)s from generate_series(1, %(cases)s) as i, generate_series(1, %(authors)s) as a;
+insert into pgharness.instances (name, note_replications, rubrics_per_case) values ('bench', 1, %(authors)s);
 insert into pgharness.instance_cases (instance, case_name)
 select 'bench', 'case-' || i from generate_series(1, %(cases)s) as i;
-insert into pgharness.model_combinations (instance, generator, grader) values ('bench', %(model)s, %(model)s);
+insert into pgharness.model_combinations (instance, generator, grader)
+select 'bench', %(model)s || '-' || i, %(model)s || '-' || i from generate_series(1, %(combinations)s) as i;
 """
 
 
@@ -79,9 +81,9 @@ class Process:
     pid: int
 
     @property
-    def resident_mib(self) -> float:
+    def resident_mb(self) -> float:
         text = subprocess.run(["ps", "-o", "rss=", "-p", str(self.pid)], capture_output=True, text=True, check=True)
-        return int(text.stdout) / 1024
+        return int(text.stdout) * 1024 / 1e6
 
     @property
     def cpu_seconds(self) -> float:
@@ -105,7 +107,8 @@ class Bed:
         with contextlib.ExitStack() as undo:
             self.root, self.filesystem = _root_on_disk()
             undo.callback(shutil.rmtree, self.root, ignore_errors=True)
-            self._server = EmbeddedPostgres(self.root, durable=True)
+            # so that every row says when it was committed
+            self._server = EmbeddedPostgres(self.root, durable=True, settings={"track_commit_timestamp": "on"})
             undo.callback(self._server.close)
             self.url = self._server.ensure()
             with self._administered() as connection:
@@ -123,21 +126,27 @@ class Bed:
         with psycopg.connect(make_conninfo(self.url, dbname="postgres"), autocommit=True) as connection:
             yield connection
 
-    def facts(self) -> dict[str, Any]:
-        """Return what a reader must know of the place."""
+    @functools.cached_property
+    def commit_ms(self) -> float:
+        """How long a commit takes: the median of 200 one-row inserts."""
         with self._administered() as connection:
             connection.execute("create table commits (i integer)")
             commits = [timed(lambda: connection.execute("insert into commits values (1)")) for _ in range(200)]
+            connection.execute("drop table commits")
+        return statistics.median(commits) * 1000
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a reader must know of the place."""
+        with self._administered() as connection:
             version, fsync = connection.execute(
                 "select current_setting('server_version'), current_setting('fsync')"
             ).fetchone() or ("", "")
-            connection.execute("drop table commits")
         return {
             "postgres": version,
             "fsync": fsync,
             "data_on": self.filesystem,
             "is_in_memory": self.filesystem in _MEMORY_FILESYSTEMS,
-            "commit_ms": round(statistics.median(commits) * 1000, 3),
+            "commit_ms": round(self.commit_ms, 3),
             "cores": os.cpu_count(),
             "load_average": round(os.getloadavg()[0], 2),
         }
@@ -156,7 +165,7 @@ class Bed:
     @contextlib.contextmanager
     def worker(self, url: str, concurrency: int) -> Iterator[Process]:
         """Run one worker process of the command line, idle when this returns; it is drained in the end."""
-        command = ["-m", "pgharness", "worker", "--workers", "1", "--concurrency", str(concurrency)]
+        command = [sys.executable, "-m", "pgharness", "worker", "--workers", "1", "--concurrency", str(concurrency)]
         with self._program(command, {"PGHARNESS_DATABASE_URL": url}) as program, connected(url) as connection:
             ready = "select pid from pgharness.workers where status = 'running' and queue_worker_id is not null"
             process = Process(self._wait_for(program, lambda: scalar(connection, ready)))
@@ -166,7 +175,7 @@ class Bed:
     @contextlib.contextmanager
     def stub(self, latency: float) -> Iterator[tuple[str, Process]]:
         """Run the provider stub in a process of its own; yield its OpenAI-compatible base URL, and the process."""
-        command = [str(HERE.parent / "stub_provider.py"), "--latency", str(latency)]
+        command = [sys.executable, str(HERE.parent / "stub_provider.py"), "--latency", str(latency)]
         with self._program(command) as program:
             assert program.stdout is not None
             yield program.stdout.readline().strip(), Process(program.pid)
@@ -174,15 +183,19 @@ class Bed:
     @contextlib.contextmanager
     def baseline(self, *arguments: object) -> Iterator[subprocess.Popen[str]]:
         """Run one of the programs of baselines.py."""
-        with self._program([str(HERE / "baselines.py"), *map(str, arguments)]) as program:
+        with self._program([sys.executable, str(HERE / "baselines.py"), *map(str, arguments)]) as program:
             yield program
 
     def baseline_answer(self, *arguments: object) -> dict[str, Any]:
         """Run one of the programs of baselines.py to its end; return the JSON that it prints."""
-        with self.baseline(*arguments) as program:
+        return self.program_answer([sys.executable, str(HERE / "baselines.py"), *map(str, arguments)])
+
+    def program_answer(self, command: Sequence[str]) -> dict[str, Any]:
+        """Run a program to its end; return the JSON that it prints."""
+        with self._program(command) as program:
             output, _ = program.communicate(timeout=PATIENCE_SECONDS)
             if program.returncode:
-                raise RuntimeError(f"baseline {arguments} failed:\n{self._log()}")
+                raise RuntimeError(f"{' '.join(command)} failed:\n{self._log()}")
             answer: dict[str, Any] = json.loads(output.splitlines()[-1])
             return answer
 
@@ -217,7 +230,7 @@ class Bed:
 
 def _popen(command: Sequence[str], environment: Mapping[str, str], log: IO[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *command],
+        command,
         cwd=REPOSITORY,
         env=environment,
         stdout=subprocess.PIPE,
@@ -253,17 +266,26 @@ def scalar(connection: Connection[Any], query: str, *parameters: object) -> Any:
 
 
 def make_world(
-    connection: Connection[Any], *, latency: float = 0.0, base_url: str | None = None, cases: int = CASE_COUNT
+    connection: Connection[Any],
+    *,
+    latency: float = 0.0,
+    base_url: str | None = None,
+    cases: int = CASE_COUNT,
+    authors: int = 1,
+    combinations: int = 1,
 ) -> None:
-    """Define instance `bench`: one note a case by a simulated model (or the stub's), one grade a note by the same."""
+    """Define instance `bench`: cases with a rubric by each author, and simulated models (or the stub's) that both
+    write the notes and grade them."""
     values = {
         "model": "stub" if base_url else "simulated",
         "provider": "openai_compatible" if base_url else "simulator",
         "base_url": base_url,
         "parameters": "{}" if base_url else json.dumps({"latency_seconds": latency, "latency_spread": 0}),
         "cases": cases,
+        "authors": authors,
+        "combinations": combinations,
         "input": json.dumps({"transcript": [{"speaker": speaker, "text": text} for speaker, text in _TURNS]}),
-        "criteria": json.dumps([{"criterion": text, "weight": weight} for text, weight in _CRITERIA]),
+        "criteria": json.dumps(CRITERIA),
     }
     with psycopg.ClientCursor(connection) as cursor:  # it sends several statements with their values in one go
         cursor.execute(_WORLD, values)
@@ -278,17 +300,30 @@ def start_run(connection: Connection[Any], notes: int) -> int:
     return int(scalar(connection, "select run_id from pgharness.start_run('bench')"))
 
 
-def wait_for_end(connection: Connection[Any], run_id: int, *, every: float) -> dict[str, Any]:
-    """Wait until a run has ended and return its row; raise when it is not completed in time."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def wait_for_end(
+    connection: Connection[Any],
+    run_id: int,
+    *,
+    every: float,
+    patience: float = PATIENCE_SECONDS,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Wait until a run has ended and return its row; raise when it is not completed in time.
+
+    Time that is up raises TimeoutError. `meanwhile` is called before each look at the run.
+    """
+    deadline = time.monotonic() + patience
     while True:
+        meanwhile()
         with connection.cursor(row_factory=dict_row) as cursor:
             row = cursor.execute("select * from pgharness.runs where id = %s", (run_id,)).fetchone()
         assert row is not None
         if row["status"] == "completed":
             return row
-        if row["status"] != "running" or time.monotonic() > deadline:
+        if row["status"] != "running":
             raise RuntimeError(f"run {run_id} is {row['status']}, not completed: {row['reason']}")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"run {run_id} has not ended after {patience:g} s")
         time.sleep(every)
 
 

@@ -1,15 +1,17 @@
 """Print what pgharness costs and carries, as ratios to baselines measured in the same run: see docs/performance.md.
 
-make bench                                 everything; less than ten minutes
-make bench ARGS='--quick'                  one sample each; about two minutes
+make bench                                 everything; about 25 minutes
+make bench ARGS='--quick'                  one sample each, smaller runs; about four minutes
 make bench ARGS='--only items,planning'    some figures
 make bench ARGS='--json bench-1.json'      every sample, as well
+make bench ARGS='--inspect-python PYTHON'  with Inspect AI, by the Python of an environment that has it
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import statistics
 import sys
@@ -19,38 +21,46 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import comparison
 import figures
+import views
+import windows
 from bed import Bed
-from figures import CALL_SECONDS, Line, Windows
+from figures import Line
 from rich.console import Console
 from rich.table import Table
 
 from pgharness import worker
 
-NAMES = ("items", "calls", "http", "memory", "planning", "views", "start")
+NAMES = ("items", "inspect", "calls", "http", "memory", "planning", "views", "start", "sharing")
+INSPECT_PYTHON = "PGHARNESS_BENCH_INSPECT_PYTHON"
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
 stderr = Console(stderr=True, highlight=False)
 
 
-def lines(bed: Bed, wanted: set[str]) -> Iterator[Line]:
+def lines(bed: Bed, wanted: set[str], inspect_python: Path | None) -> Iterator[Line]:
     """Measure the figures wanted, in an order that lets them share what they measured."""
     if "items" in wanted:
         yield from figures.items(bed)
-    simulated = Windows(bed)
+    if "inspect" in wanted and inspect_python is not None:
+        yield from comparison.inspect(bed, inspect_python)
+    simulated = windows.Windows(bed)
     if "calls" in wanted:
-        yield from figures.calls(bed, simulated)
+        yield from windows.calls(bed, simulated)
     if wanted & {"http", "memory"}:
-        with bed.stub(CALL_SECONDS) as stub:
-            real = Windows(bed, *stub)
+        with bed.stub(windows.CALL_SECONDS) as stub:
+            real = windows.Windows(bed, *stub)
             if "http" in wanted:
-                yield from figures.http(bed, real)
+                yield from windows.http(bed, real)
             if "memory" in wanted:
-                yield from figures.memory(bed, simulated, "simulated")
-                yield from figures.memory(bed, real, "HTTP")
+                yield from windows.memory(bed, simulated, "simulated")
+                yield from windows.memory(bed, real, "HTTP")
+                yield from windows.growth(bed)
     others: dict[str, Callable[[Bed], Iterator[Line]]] = {
         "planning": figures.planning,
-        "views": figures.views,
+        "views": views.views,
         "start": figures.start,
+        "sharing": figures.sharing,
     }
     for name, figure in others.items():
         if name in wanted:
@@ -70,20 +80,25 @@ def table(measured: list[Line]) -> Table:
     for line in measured:
         if line.figure != previous:
             result.add_section()
-        goal = f"≥ {line.at_least:g}" if line.at_least else f"≤ {line.at_most:g}" if line.at_most else ""
-        colour = {True: "green", False: "red", None: "default"}[line.is_met]
-        verdict = {True: "met", False: "missed", None: ""}[line.is_met]
+        colour = {True: "green", False: "red", None: "default"}[is_met(line)]
         spread = f"\n[dim]{number(min(line.ratios))} to {number(max(line.ratios))}[/]"
         result.add_row(
             line.figure if line.figure != previous else "",
             line.subject + (f"\n[dim]{line.remark}[/]" if line.remark else ""),
-            f"{number(statistics.median(line.samples))} {line.unit}",
+            f"{number(line.value)} {line.unit}",
             f"{number(statistics.median(line.baseline_samples))} {line.unit}: {line.baseline}",
-            f"[{colour}]{number(line.ratio)}[/]{spread if goal and len(line.ratios) > 1 else ''}",
-            f"{goal}\n[{colour}]{verdict}[/]" if goal else "",
+            f"[{colour}]{number(line.ratio)}[/]{spread if line.goals and len(line.ratios) > 1 else ''}",
+            "\n".join(
+                f"[{'green' if met else 'red'}]{goal} {'met' if met else 'missed'}[/]" for goal, met in line.goals
+            ),
         )
         previous = line.figure
     return result
+
+
+def is_met(line: Line) -> bool | None:
+    """Tell whether a line reaches all its goals; None when it has none."""
+    return all(met for _, met in line.goals) if line.goals else None
 
 
 def number(value: float) -> str:
@@ -93,7 +108,7 @@ def number(value: float) -> str:
 
 def report(measured: list[Line], facts: dict[str, Any]) -> dict[str, Any]:
     """Return everything that was measured, every sample of it."""
-    rows = [asdict(line) | {"ratio": line.ratio, "ratios": line.ratios, "is_met": line.is_met} for line in measured]
+    rows = [asdict(line) | {"ratio": line.ratio, "ratios": line.ratios, "is_met": is_met(line)} for line in measured]
     return {"facts": facts, "environment": worker.environment(), "lines": rows}
 
 
@@ -102,10 +117,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one sample each, smaller runs")
     parser.add_argument("--only", metavar="NAME", help=f"figures to measure, by comma, of: {', '.join(NAMES)}")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every sample to a file")
+    parser.add_argument(
+        "--inspect-python",
+        metavar="PYTHON",
+        type=Path,
+        default=os.environ.get(INSPECT_PYTHON),
+        help=f"of an environment with Inspect AI, to compare with (else ${INSPECT_PYTHON})",
+    )
     options = parser.parse_args()
     wanted = set(options.only.split(",") if options.only else NAMES)
     if unknown := wanted - set(NAMES):
         parser.error(f"--only: {', '.join(sorted(unknown))} is not one of {', '.join(NAMES)}")
+    if options.inspect_python is not None and not os.access(options.inspect_python, os.X_OK):
+        parser.error(f"--inspect-python: {options.inspect_python} cannot be run")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything started is stopped
     begun = time.monotonic()
     measured: list[Line] = []
@@ -119,11 +143,13 @@ def main() -> None:
         )
         stdout.print(heading)
         try:
-            for line in lines(bed, wanted):
+            for line in lines(bed, wanted, options.inspect_python):
                 measured.append(line)
                 stderr.print(f"{time.monotonic() - begun:4.0f} s  {line.figure}: {line.subject}", markup=False)
         finally:  # what was measured is shown, whatever became of the rest
             stdout.print(table(measured))
+            if "inspect" in wanted and options.inspect_python is None:
+                stdout.print(comparison.HOW_TO, markup=False)
     facts["seconds"] = round(time.monotonic() - begun, 1)
     if options.json:
         options.json.write_text(json.dumps(report(measured, facts), indent=1, default=str) + "\n")

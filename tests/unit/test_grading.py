@@ -55,6 +55,11 @@ def test_what_fits_the_schema_is_read_as_it_is(verdicts: list[dict[str, Any]]) -
     assert read_verdicts(verdicts, len(verdicts), text="") == verdicts  # models like to leave the wrapping out
 
 
+def test_grades_of_one_size_are_asked_with_one_schema() -> None:
+    assert verdict_schema(3) is verdict_schema(3)
+    assert verdict_schema(3) != verdict_schema(4)
+
+
 # -- what the grader answers
 
 

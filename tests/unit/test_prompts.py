@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pgharness.errors import RequestRejected
-from pgharness.prompts import Prompt, case_values, text_of
+from pgharness.prompts import Prompt, case_facts, case_values, text_of
 from pgharness.types import Message
 
 TURNS = [{"speaker": "Doctor", "text": "Any cough?"}, {"speaker": "Patient", "text": "No."}]
@@ -59,6 +59,21 @@ def test_templates_see_the_case_and_the_run() -> None:
     assert message == Message(
         "user", 'visit-1|Doctor: Any cough?\nPatient: No.|Any cough?|{\n  "plan": "rest"\n}|north|brief|50|2'
     )
+
+
+def test_what_is_kept_of_a_case_is_what_its_items_see() -> None:
+    facts = case_facts(CASE)
+    assert values() == facts | {"config": {"style": "brief"}, "overlap": 50, "replication": 2}
+
+
+def test_a_name_in_metadata_is_found_and_a_method_of_its_dict_stays_what_it_is() -> None:
+    metadata = {"site": "north", "items": "not a method", "deep": {"er": 1}}
+    template = "{{ metadata.site }} {{ metadata.deep.er }} {{ metadata.items is callable }} {{ metadata['items'] }}"
+    assert rendered(template, metadata=metadata)[0].content == "north 1 True not a method"
+
+
+def test_jinjas_own_names_are_there() -> None:
+    assert rendered("{% for i in range(3) %}{{ i }}{% endfor %}{{ dict(a=1).a }}")[0].content == "0121"
 
 
 def test_a_case_without_target_and_metadata_has_none_and_nothing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from pgharness.database import Row
 from pgharness.errors import CodeFailed, InvalidOutput, ModelError
 from pgharness.gateway import Gateway
 from pgharness.grading import criteria_values, read_verdicts, score_metric, verdict_schema
-from pgharness.prompts import Prompt, case_values, text_of
+from pgharness.prompts import Prompt, case_facts, text_of
 from pgharness.types import Completer, Completion, ItemKind, Message, ModelSpec, Request
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ _OUTPUT_TOKENS_GUESS = 500
 _LONGEST_ERROR = 4_000
 _LONGEST_ANSWER = 100_000
 _CODE = ("command", "python")
+_CACHED_FACTS = 256
 _ITEM_READERS = (*_CODE, "simulator")  # those that see the case itself, not messages alone
 
 
@@ -60,6 +62,7 @@ class Definition:
         self._gateway = gateway
         self._completers: dict[tuple[ItemKind, int], Completer] = {}
         self._prompts: dict[ItemKind, Prompt] = {}
+        self._facts: OrderedDict[int, tuple[Row, Row]] = OrderedDict()  # of cases, by their identity
 
     def completer(self, item: Item) -> Completer:
         """Return what answers for an item's model. Raises ModelError when nothing here can."""
@@ -68,10 +71,26 @@ class Definition:
             self._completers[key] = self._gateway.completer(item.spec)
         return self._completers[key]
 
+    def _case_facts(self, case: Row) -> Row:
+        found = self._facts.get(id(case))
+        if found is None:
+            found = self._facts[id(case)] = (
+                case,
+                case_facts(case),
+            )  # with the case, so that no other gets its identity
+            if len(self._facts) > _CACHED_FACTS:
+                self._facts.popitem(last=False)
+        return found[1]
+
     def request(self, item: Item) -> Request:
         """Return what to ask for an item. Raises ModelError for a prompt or setting that cannot be used."""
         row, spec, case = self.row, item.spec, item.case
-        values = case_values(case, config=row["config"], overlap=item.overlap, replication=item.replication)
+        values = {
+            **self._case_facts(case),
+            "config": row["config"],
+            "overlap": item.overlap,
+            "replication": item.replication,
+        }
         schema = None
         if item.kind == "grade":
             criteria = criteria_values(item.rubric)

@@ -5,7 +5,6 @@ One request is one call: nothing here retries, because tries are durable rows an
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 from pgharness.errors import RequestRejected
@@ -13,7 +12,7 @@ from pgharness.gateway.callables import PythonCallable
 from pgharness.gateway.command import Command
 from pgharness.gateway.simulator import Simulator
 from pgharness.gateway.transport import Transport
-from pgharness.types import Completer, Completion, ModelSpec, Request
+from pgharness.types import Completer, ModelSpec
 
 __all__ = ["Gateway"]
 
@@ -55,10 +54,7 @@ class Gateway:
             case "metric":
                 raise RequestRejected(f"model '{spec.name}' is a metric, which writes no notes")
             case _:
-                return functools.partial(self._send, spec)
-
-    async def _send(self, spec: ModelSpec, request: Request) -> Completion:
-        return await self._transport.send(spec, request)
+                return self._transport.completer(spec)
 
     async def aclose(self) -> None:
         await self._transport.aclose()

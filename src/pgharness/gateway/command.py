@@ -53,7 +53,7 @@ import stat
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -466,10 +466,10 @@ async def _run(
         raise
     timed_out = False
     try:
-        stdin = transport.get_pipe_transport(0)
-        assert isinstance(stdin, asyncio.WriteTransport)
-        stdin.write(text.encode())
-        stdin.close()
+        stdin = cast(asyncio.WriteTransport, transport.get_pipe_transport(0))
+        if not stdin.is_closing():  # it may have ended already
+            stdin.write(text.encode())
+            stdin.close()
         try:
             async with asyncio.timeout(timeout_seconds):
                 await process.done.wait()

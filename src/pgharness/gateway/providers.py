@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote, urlsplit
 
@@ -78,7 +79,7 @@ class OpenAIChat(WireFormat):
             "model": spec.model,
             "messages": [{"role": message.role, "content": message.content} for message in request.messages],
             "stop": asked.stops,
-            "seed": asked.seed,
+            "seed": asked.seed_of(request),
             **self._limits(asked, is_reasoning),
         }
         if request.schema is not None:
@@ -105,8 +106,8 @@ class OpenAIChat(WireFormat):
 
     def answer(self, payload: Any) -> Answer:
         choice = at(payload, "choices", 0)
-        content = at(choice, "message", "content")
-        used = at(payload, "usage")
+        message, used = at(choice, "message"), at(payload, "usage")
+        content = at(message, "content")
         return Answer(
             text=content if isinstance(content, str) else joined(content, "text"),
             finish_reason=string(at(choice, "finish_reason")),
@@ -117,7 +118,7 @@ class OpenAIChat(WireFormat):
             ),
             id=string(at(payload, "id")),
             model=string(at(payload, "model")),
-            refusal=string(at(choice, "message", "refusal")),
+            refusal=string(at(message, "refusal")),
         )
 
 
@@ -216,7 +217,7 @@ class AnthropicMessages(WireFormat):
         if asked.reasoning_effort:
             output["effort"] = asked.reasoning_effort
         if request.schema is not None:
-            output["format"] = {"type": "json_schema", "schema": _narrowed(request.schema, _STRICT_KEYWORDS)}
+            output["format"] = {"type": "json_schema", "schema": _narrow(_Same(request.schema), _STRICT_KEYWORDS)}
         body = {
             "model": spec.model,
             "max_tokens": max_tokens,
@@ -276,12 +277,12 @@ class GeminiContent(WireFormat):
             "temperature": asked.temperature,
             "topP": asked.top_p,
             "stopSequences": asked.stops,
-            "seed": asked.seed,
+            "seed": asked.seed_of(request),
             "thinkingConfig": thinking,
         }
         if request.schema is not None:
             config["responseMimeType"] = "application/json"
-            config["responseJsonSchema"] = _narrowed(request.schema, _GEMINI_KEYWORDS)
+            config["responseJsonSchema"] = _narrow(_Same(request.schema), _GEMINI_KEYWORDS)
         system = _system(request)
         roles = {"user": "user", "assistant": "model"}
         body = {
@@ -348,27 +349,32 @@ class _Asked(BaseModel):
     def stops(self) -> list[str] | None:
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
+    def seed_of(self, request: Request) -> int | None:
+        """Return the seed of this try.
+
+        A retry asks with the next seed, or a deterministic server would repeat the answer that was refused. Every
+        vendor takes 31 bits.
+        """
+        return None if self.seed is None else (self.seed + request.attempt - 1) & 0x7FFF_FFFF
+
     def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the body without what is unset and with the vendor's own parameters."""
-        return _merged(_present(body), self.model_extra or {})
+        present = _present(body)
+        return _merged(present, self.model_extra) if self.model_extra else present
 
 
+_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
 NEUTRAL_PARAMETERS = tuple(_Asked.model_fields)
 
 
 def _asked(spec: ModelSpec, request: Request) -> _Asked:
     values = {"seed": request.seed, **spec.parameters, **request.parameters}
     try:
-        asked = _Asked.model_validate(values)
+        return _Asked.model_validate(values)
     except ValidationError as exc:
         wrong = exc.errors()[0]
         message = f"model {spec.name!r}: parameter {wrong['loc'][0]}: {wrong['msg']}"
         raise RequestRejected(message, hint="Correct the parameters of the model or of the instance") from None
-    if asked.seed is None:
-        return asked
-    # A retry asks with the next seed, or a deterministic server would repeat the answer that was refused. Every
-    # vendor takes 31 bits.
-    return asked.model_copy(update={"seed": (asked.seed + request.attempt - 1) & 0x7FFF_FFFF})
 
 
 def _is_reasoning(spec: ModelSpec, request: Request) -> bool:
@@ -405,23 +411,29 @@ def _turns(request: Request) -> list[dict[str, str]]:
 
 
 def _schema_name(request: Request) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "_", request.schema_name)[:64] or "answer"
+    name = request.schema_name
+    return name if _NAME.fullmatch(name) else re.sub(r"[^A-Za-z0-9_-]", "_", name)[:64] or "answer"
 
 
 def _url(spec: ModelSpec, base_url: str | None, path: str) -> str:
+    return _joined_url(spec.name, base_url, path)
+
+
+@lru_cache(maxsize=256)
+def _joined_url(name: str, base_url: str | None, path: str) -> str:
     """Return a URL under a base URL; that one is stored and logged, so a secret in it is refused."""
     hint = "Set the model's base_url to the API's address with its version: http://host:8000/v1"
     if not base_url:
-        raise RequestRejected(f"model {spec.name!r} needs a base_url", hint=hint)
+        raise RequestRejected(f"model {name!r} needs a base_url", hint=hint)
     try:
         parts = urlsplit(base_url)
         is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         is_usable = False
     if not is_usable:
-        raise RequestRejected(f"model {spec.name!r}: its base_url is not an http:// or https:// URL", hint=hint)
+        raise RequestRejected(f"model {name!r}: its base_url is not an http:// or https:// URL", hint=hint)
     if "@" in parts.netloc or parts.query or parts.fragment:
-        message = f"model {spec.name!r}: its base_url must not hold a user name, a password or a query"
+        message = f"model {name!r}: its base_url must not hold a user name, a password or a query"
         raise RequestRejected(message, hint="Keep the key in an environment variable and name it in api_key_env")
     return base_url.rstrip("/") + path
 
@@ -436,6 +448,7 @@ _STRICT_KEYWORDS = frozenset(
 _BOUNDS = frozenset(
     {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minItems", "maxItems"}
 )
+_OPENAI_KEYWORDS = _STRICT_KEYWORDS | _BOUNDS
 _GEMINI_KEYWORDS = (_STRICT_KEYWORDS - {"const", "definitions"}) | {
     *("minimum", "maximum", "minItems", "maxItems", "prefixItems", "format", "$id", "$anchor")
 }
@@ -445,7 +458,27 @@ _ANNOTATIONS = frozenset({"$schema", "$id", "$anchor", "$comment", "title", "def
 def _openai_schema(spec: ModelSpec, schema: Mapping[str, Any]) -> Any:
     # OpenAI itself enforces bounds; its fine-tuned models and other hosts of its API still refuse them.
     knows_bounds = spec.base_url is None and not spec.model.startswith("ft:")
-    return _narrowed(schema, _STRICT_KEYWORDS | _BOUNDS if knows_bounds else _STRICT_KEYWORDS)
+    return _narrow(_Same(schema), _OPENAI_KEYWORDS if knows_bounds else _STRICT_KEYWORDS)
+
+
+class _Same:
+    """An object that is equal to itself alone, so that a cache finds what was made of it without reading it."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+@lru_cache(maxsize=64)
+def _narrow(schema: _Same, keywords: frozenset[str]) -> Any:
+    return _narrowed(schema.value, keywords)  # all grades of a run are asked with one schema
 
 
 def _narrowed(schema: Any, keywords: frozenset[str]) -> Any:

@@ -12,9 +12,10 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, NamedTuple
+
+import orjson
 
 from pgharness.errors import (
     InvalidOutput,
@@ -31,8 +32,7 @@ from pgharness.types import Completion, ModelSpec, Request, Usage
 LONGEST_MESSAGE = 2_000
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """One HTTP response; header names are in lower case, and `is_whole` is false when the connection broke."""
 
     status: int
@@ -41,8 +41,7 @@ class Reply:
     is_whole: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """The parts of a vendor's answer; `refusal` is the reason given when the model or a filter refused."""
 
     text: str
@@ -60,20 +59,20 @@ def decode(
 
     `read` finds the parts of the vendor's answer in its JSON, whatever that is; it never raises.
     """
-    body = reply.body.decode("utf-8", "replace")
     facts: dict[str, Any] = {
         "http_status": reply.status,
         "request_id": reply.headers.get("x-request-id") or reply.headers.get("request-id"),
     }
     is_success = 200 <= reply.status < 300
     if is_success and not reply.is_whole:
-        raise InvalidOutput(f"{spec.name}: the connection broke in the middle of the answer", text=body, **facts)
+        message = f"{spec.name}: the connection broke in the middle of the answer"
+        raise InvalidOutput(message, text=_text(reply), **facts)
     try:
-        payload = _loads(body)
+        payload = _payload(reply)
     except ValueError:
         if is_success:
             hint = "Check that the model's base_url is the API's, with its version: http://host:8000/v1"
-            raise InvalidOutput(f"{spec.name}: the reply is not JSON", text=body, hint=hint, **facts) from None
+            raise InvalidOutput(f"{spec.name}: the reply is not JSON", text=_text(reply), hint=hint, **facts) from None
         payload = None
     if not is_success:
         raise _failure(spec, reply, reply.status, payload, facts, key_env)
@@ -99,7 +98,7 @@ def decode(
         raise InvalidOutput(f"{spec.name}: cut off at max_tokens", text=answer.text, hint=hint, **known)
     if not answer.text.strip():
         message = f"{spec.name}: the answer is empty (finish reason: {finish or 'none'})"
-        raise InvalidOutput(message, text=answer.text or body, **known)
+        raise InvalidOutput(message, text=answer.text or _text(reply), **known)
     return Completion(
         text=answer.text,
         data=None if request.schema is None else _data(spec, answer.text, known),
@@ -130,6 +129,17 @@ _BILLING_CODES = frozenset(
 _FENCE = re.compile(r"\s*```(?:json)?[ \t]*\n(.*)\n[ \t]*```\s*", re.DOTALL | re.IGNORECASE)
 
 
+def _text(reply: Reply) -> str:
+    return reply.body.decode("utf-8", "replace")
+
+
+def _payload(reply: Reply) -> Any:
+    try:
+        return orjson.loads(reply.body)
+    except ValueError:  # it is stricter than need be: half a character must not cost an answer
+        return _loads(_text(reply))
+
+
 def _finish_reason(word: str | None) -> str | None:
     return None if word is None else _FINISH_REASONS.get(word.lower(), word.lower())
 
@@ -156,7 +166,7 @@ def _failure(
         or string(error)
         or string(at(payload, "message"))
         or string(at(payload, "detail"))
-        or reply.body.decode("utf-8", "replace").strip()
+        or _text(reply).strip()
         or "no message"
     )
     message = f"{spec.name} answered {status}: {_trimmed(said)}"
@@ -257,9 +267,12 @@ def _epoch(http_date: str | None) -> float | None:
 
 
 def _loads(text: str) -> Any:
-    """Parse JSON strictly: NaN and Infinity, which no jsonb can hold, are refused, and so is bottomless nesting."""
+    """Parse JSON strictly: NaN and Infinity, which no jsonb can hold, are refused, and so is bottomless nesting.
+
+    Integers of any length are kept as they are, which orjson does not do.
+    """
     try:
-        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        return _JSON.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -273,6 +286,9 @@ def _finite(number: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{number} is too large")
     return value
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 
 
 def at(value: Any, *path: str | int) -> Any:

@@ -44,6 +44,7 @@ _PLANS = (
     "Supportive care discussed; return if symptoms persist.",
 )
 _OPPOSITES = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
+_KEPT_CASES = 256
 _DEEP = 6  # a schema that refers to itself gets no optional parts below this depth
 _REFUSAL = "I am sorry, but I cannot help with this request."
 
@@ -111,6 +112,7 @@ class Simulator:
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
         self._parameters = read_parameters(spec, SimulatorParameters)
+        self._kept: dict[int, tuple[Any, list[tuple[str, str]]]] = {}  # the facts of the latest cases
         self._identity = hashlib.blake2b(spec.name.encode(), digest_size=32)
         faults, rates = zip(*self._parameters.faults(), strict=True)
         self._faults: tuple[tuple[str, float], ...] = tuple(zip(faults, itertools.accumulate(rates), strict=True))
@@ -138,7 +140,7 @@ class Simulator:
             self._fail(fault, request_id, input_tokens)
         rng = random.Random(answer_seed)
         if request.schema is None:
-            text, data = _answer(request.item, self._parameters, rng)
+            text, data = self._answer(request.item, rng)
         else:
             data = _structured(request, request.schema, self._parameters, rng)
             if fault == "invalid":
@@ -153,6 +155,27 @@ class Simulator:
             model=self._spec.model or self._spec.name,
             http_status=200,
         )
+
+    def _answer(self, item: Mapping[str, Any], rng: random.Random) -> tuple[str, Any]:
+        """Return the text, and the JSON of an answer that has structure, to a request without a schema."""
+        case = item.get("case") or {}
+        target = case.get("target")
+        if target is None:
+            return _note(self._facts(case.get("input")), self._parameters, rng), None
+        if rng.random() >= self._parameters.quality:
+            return _wrong_answer(target if isinstance(target, str) else json.dumps(target), rng), None
+        if isinstance(target, str):
+            return target, None
+        return json.dumps(target), target if isinstance(target, (dict, list)) else None
+
+    def _facts(self, case_input: Any) -> list[tuple[str, str]]:
+        kept = self._kept.get(id(case_input))
+        if kept is None:
+            facts = [(speaker.lower(), _shortened(text)) for speaker, text in _facts(case_input)]
+            kept = self._kept[id(case_input)] = (case_input, facts)  # with the input, so that no other gets its id
+            if len(self._kept) > _KEPT_CASES:
+                del self._kept[next(iter(self._kept))]
+        return kept[1]
 
     def _fault(self, draw: float) -> str | None:
         for fault, upper in self._faults:
@@ -208,22 +231,8 @@ class Simulator:
         )
 
 
-def _answer(item: Mapping[str, Any], parameters: SimulatorParameters, rng: random.Random) -> tuple[str, Any]:
-    """Return the text, and the JSON of an answer that has structure, to a request without a schema."""
-    case = item.get("case") or {}
-    target = case.get("target")
-    if target is None:
-        return _note(case.get("input"), parameters, rng), None
-    if rng.random() >= parameters.quality:
-        return _wrong_answer(target if isinstance(target, str) else json.dumps(target), rng), None
-    if isinstance(target, str):
-        return target, None
-    return json.dumps(target), target if isinstance(target, (dict, list)) else None
-
-
-def _note(case_input: Any, parameters: SimulatorParameters, rng: random.Random) -> str:
-    """Return a note that repeats some of the case's facts: how many is its hidden quality."""
-    facts = _facts(case_input)
+def _note(facts: Sequence[tuple[str, str]], parameters: SimulatorParameters, rng: random.Random) -> str:
+    """Return a note that repeats some of a case's facts: how many is its hidden quality."""
     if not facts:
         return "Summary: no information was given.\nPlan: " + rng.choice(_PLANS)
     room = int(parameters.output_tokens * 4 * math.exp(rng.gauss(0.0, 0.25))) // 90 + 1
@@ -234,9 +243,9 @@ def _note(case_input: Any, parameters: SimulatorParameters, rng: random.Random) 
     for place in range(min(room, len(facts))):
         if rng.random() < quality:
             speaker, text = facts[int(place * step)]
-            (discussed if speaker.lower() in _CLINICIANS else told).append(_shortened(text))
+            (discussed if speaker in _CLINICIANS else told).append(text)
     if not told and not discussed:
-        told.append(_shortened(facts[0][1]))
+        told.append(facts[0][1])
     plan = rng.choice(_PLANS)
     if not any(speaker for speaker, _ in facts):
         return f"Summary: {'; '.join(told)}.\nPlan: {plan}"

@@ -5,6 +5,9 @@ says truthfully what happened: a Completion, or the ModelError that fits.
 
 The key is read from the environment when a call is made and goes into a header. It is hidden in everything that comes
 back, and a ModelError leaves without the frames and causes that held it.
+
+A worker makes thousands of calls a second, so a call builds nothing that it shares with the model's other calls, and it
+goes to the transport itself: a client's redirects, cookies and hooks are not wanted, and cost more than the call.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import asyncio
 import json
 import os
 import re
+import urllib.request
+from collections.abc import AsyncIterable, Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -20,12 +25,13 @@ from urllib.parse import quote
 
 import aiohttp
 import httpx
-from httpx_aiohttp import HttpxAiohttpClient
+import orjson
+from httpx_aiohttp import AiohttpTransport
 
 from pgharness.errors import InvalidOutput, ModelError, RequestRejected, ServerFailed, TimedOut, Unavailable
 from pgharness.gateway.providers import Call, WireFormat, wire_format
 from pgharness.gateway.replies import Reply
-from pgharness.types import Completion, ModelSpec, Request
+from pgharness.types import Completer, Completion, ModelSpec, Request
 
 # A server that cannot be reached is an outage, known long before the model's own timeout.
 CONNECT_SECONDS = 15.0
@@ -38,32 +44,80 @@ SHORTEST_SECRET = 8
 # Far beyond any answer; a server that never stops must not take the worker's memory.
 LARGEST_REPLY = 32 * 1024 * 1024
 
+_EXTENSIONS = {"timeout": httpx.Timeout(None, connect=CONNECT_SECONDS).as_dict()}
+_HEADERS = {"accept": "*/*", "accept-encoding": "gzip, deflate", "user-agent": "pgharness"}
+
 
 class Transport:
-    """The HTTP client of one process: one connection pool for all models, as many connections as calls.
+    """The network of one process: one connection pool for all models, as many connections as calls.
 
     httpx's own pool costs CPU in proportion to its connections for every call, so the requests travel over aiohttp.
     Proxies are taken from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY. `transport` replaces the network in tests.
     """
 
     def __init__(self, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        self._client = HttpxAiohttpClient(
-            transport=transport,
-            # 0 is aiohttp's word for no limit; the worker's concurrency is the limit. None would mean 100.
-            limits=httpx.Limits(max_connections=0, keepalive_expiry=KEEPALIVE_SECONDS),
-            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-            follow_redirects=False,  # a redirect would carry the key to wherever it points
-            headers={"user-agent": "pgharness"},
-        )
+        self._replacement = transport
+        if transport is None:
+            self._tls = httpx.create_ssl_context()
+            self._proxies = {
+                scheme: httpx.Proxy(address if "://" in address else f"http://{address}")
+                for scheme, address in urllib.request.getproxies().items()
+                if scheme in ("http", "https", "all")
+            }
+        self._ways: dict[httpx.Proxy | None, httpx.AsyncBaseTransport] = {}
+
+    def completer(self, spec: ModelSpec) -> Completer:
+        """Return what asks a model; to be kept, for it holds what the model's calls have in common."""
+        return _Endpoint(spec, self._way_to).ask
 
     async def send(self, spec: ModelSpec, request: Request) -> Completion:
         """Ask a model once and return its answer, within the model's timeout; raise ModelError."""
+        return await self.completer(spec)(request)
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        for way in (self._replacement, *self._ways.values()):
+            if way is not None:
+                await way.aclose()
+
+    def _way_to(self, url: httpx.URL) -> httpx.AsyncBaseTransport:
+        """Return what carries requests to a URL: straight there, or through a proxy."""
+        if self._replacement is not None:
+            return self._replacement
+        proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
+        if any(map(urllib.request.proxy_bypass, (url.host, url.netloc.decode()))):
+            proxy = None
+        if proxy is not None and proxy.url.scheme not in ("http", "https"):
+            hint = "Set HTTP_PROXY and HTTPS_PROXY to an HTTP proxy, or NO_PROXY to the hosts that need none"
+            raise RequestRejected(f"{url.host}: a {proxy.url.scheme} proxy cannot be used", hint=hint)
+        if proxy not in self._ways:
+            self._ways[proxy] = AiohttpTransport(verify=self._tls, proxy=proxy, client=self._session)
+        return self._ways[proxy]
+
+    def _session(self) -> aiohttp.ClientSession:
+        # 0 is no limit: the worker's concurrency is the limit. A cookie would tie a model's calls to one another.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=self._tls)
+        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+
+
+class _Endpoint:
+    """A model behind an API, with what its calls have in common."""
+
+    def __init__(self, spec: ModelSpec, way_to: Callable[[httpx.URL], httpx.AsyncBaseTransport]) -> None:
+        self._spec = spec
+        self._way_to = way_to
+        self._way: tuple[httpx.URL, httpx.AsyncBaseTransport] | None = None
+        self._headers: tuple[_Key, httpx.Headers] | None = None  # with the key of the last call
+
+    async def ask(self, request: Request) -> Completion:
+        """Ask once and return the answer, within the model's timeout; raise ModelError."""
+        spec = self._spec
         wire = wire_format(spec)
         call = wire.encode(spec, request)
         key = _Key.of(spec, wire)
         try:
             async with asyncio.timeout(spec.timeout_seconds):
-                reply = await self._post(spec, wire, call, key)
+                reply = await self._post(wire, call, key)
             return key.hidden_in_completion(wire.decode(spec, request, reply))
         except TimeoutError:
             failure: ModelError = TimedOut(f"{spec.name}: no answer within {spec.timeout_seconds:g} s")
@@ -71,58 +125,69 @@ class Transport:
             failure = key.hidden_in_error(error)
         raise failure  # outside the handlers, so that it carries no context
 
-    async def aclose(self) -> None:
-        """Close every connection."""
-        await self._client.aclose()
-
-    async def _post(self, spec: ModelSpec, wire: WireFormat, call: Call, key: _Key) -> Reply:
+    async def _post(self, wire: WireFormat, call: Call, key: _Key) -> Reply:
+        name = self._spec.name
         try:
-            content = json.dumps(call.body, allow_nan=False).encode()
-            headers = {**call.headers, "content-type": "application/json"}
-            async with self._client.stream(
-                "POST", _parsed(call.url), content=content, headers=key.added_to(headers, wire)
-            ) as response:
+            if self._way is None:
+                url = httpx.URL(call.url)
+                self._way = url, self._way_to(url)
+            url, way = self._way
+            if self._headers is None or self._headers[0] is not key:
+                headers = {**_HEADERS, **call.headers, "content-type": "application/json", **key.header(wire)}
+                self._headers = key, httpx.Headers(headers)
+            body = httpx.ByteStream(_dumped(call.body))
+            request = httpx.Request("POST", url, headers=self._headers[1], stream=body, extensions=_EXTENSIONS)
+            request.read()  # or it would be sent in chunks
+            response = await way.handle_async_request(request)
+            try:
                 return await _read(response, key)
+            finally:
+                await response.aclose()
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as exc:
-            raise RequestRejected(f"{spec.name}: its base_url cannot be used: {exc}") from exc
+            raise RequestRejected(f"{name}: its base_url cannot be used: {exc}") from exc
         except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout) as exc:
-            raise TimedOut(f"{spec.name}: no answer from {_host(call)} in time: {exc}") from exc
+            raise TimedOut(f"{name}: no answer from {_host(call)} in time: {exc}") from exc
         except httpx.TransportError as exc:  # aiohttp's transport calls most of these ConnectTimeout: no use to look
             if isinstance(exc.__cause__, aiohttp.ClientConnectorCertificateError):
                 hint = "Set SSL_CERT_FILE to the authority that signed it, in the environment of the workers"
-                raise RequestRejected(f"{spec.name}: certificate of {_host(call)}: {exc}", hint=hint) from exc
-            raise Unavailable(f"{spec.name}: no connection to {_host(call)}: {exc}") from exc
+                raise RequestRejected(f"{name}: certificate of {_host(call)}: {exc}", hint=hint) from exc
+            raise Unavailable(f"{name}: no connection to {_host(call)}: {exc}") from exc
         except httpx.DecodingError as exc:
-            raise InvalidOutput(f"{spec.name}: the reply cannot be decompressed: {exc}") from exc
+            raise InvalidOutput(f"{name}: the reply cannot be decompressed: {exc}") from exc
         except aiohttp.ClientError as exc:
-            raise ServerFailed(f"{spec.name}: {_host(call)} does not speak HTTP: {exc}") from exc
+            raise ServerFailed(f"{name}: {_host(call)} does not speak HTTP: {exc}") from exc
+
+
+def _dumped(body: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(body)
+    except TypeError:  # half a character, or an integer longer than its 64 bits
+        return json.dumps(body, allow_nan=False).encode()
+
+
+def _host(call: Call) -> str:
+    return httpx.URL(call.url).netloc.decode()
 
 
 async def _read(response: httpx.Response, key: _Key) -> Reply:
     """Return a response with what of its body arrived."""
+    headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers.raw}
+    if key.is_in("\n".join(headers.values())):
+        headers = {name: key.hidden_in(value) for name, value in headers.items()}
+    # the response's own iterators decompress, and cost several times what is below them
+    stream = response.aiter_bytes() if "content-encoding" in headers else response.stream
+    assert isinstance(stream, AsyncIterable)
     body = bytearray()
     is_whole = True
     try:
-        async for chunk in response.aiter_bytes():
+        async for chunk in stream:
             body += chunk
             if len(body) > LARGEST_REPLY:
                 is_whole = False
                 break
     except httpx.TransportError:
         is_whole = False
-    headers = {
-        name.decode("latin-1").lower(): key.hidden_in(value.decode("latin-1")) for name, value in response.headers.raw
-    }
     return Reply(response.status_code, headers, key.hidden_in(bytes(body)), is_whole)
-
-
-@lru_cache(maxsize=256)
-def _parsed(url: str) -> httpx.URL:
-    return httpx.URL(url)  # parsing takes a tenth of a call's CPU, and a run has few URLs
-
-
-def _host(call: Call) -> str:
-    return _parsed(call.url).netloc.decode()
 
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # neither Postgres nor UTF-8 has these
@@ -131,12 +196,14 @@ _UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # neither Postgres nor UTF-8 has 
 class _Key:
     """An API key, or none, that shows itself only in the header that carries it."""
 
-    __slots__ = ("_forms", "_value")
+    __slots__ = ("_forms", "_is_well_formed", "_value")
 
     def __init__(self, value: str) -> None:
         self._value = value
+        self._is_well_formed = all("!" <= character <= "~" for character in value)
         forms = {value, json.dumps(value)[1:-1], value.replace("/", "\\/"), quote(value, safe="")}
-        self._forms = sorted(forms, key=len, reverse=True) if len(value) >= SHORTEST_SECRET else []
+        forms = forms if len(value) >= SHORTEST_SECRET else set()
+        self._forms = [(form, form.encode()) for form in sorted(forms, key=len, reverse=True)]
 
     def __repr__(self) -> str:
         return "_Key(…)"
@@ -146,33 +213,37 @@ class _Key:
         """Return the key of a model from the environment; raise RequestRejected when it is missing or malformed."""
         name = spec.api_key_env or wire.key_env
         if name is None:
-            return cls("")
+            return _key("")
         if name.upper().startswith("PG"):
             # Whoever may define a model must not be able to send the database's own password to a host of their own.
             raise RequestRejected(f"model {spec.name!r}: {name} is a variable of Postgres, not an API key")
-        key = cls(os.environ.get(name, "").strip())
+        key = _key(os.environ.get(name, "").strip())
         if not key._value:
             raise RequestRejected(
                 f"model {spec.name!r} needs an API key in {name}, which is not set",
                 hint=f"Set {name} in the environment of the workers and restart them",
             )
-        if not all("!" <= character <= "~" for character in key._value):
+        if not key._is_well_formed:
             raise RequestRejected(f"model {spec.name!r}: the value of {name} has characters that no API key has")
         return key
 
-    def added_to(self, headers: dict[str, str], wire: WireFormat) -> dict[str, str]:
-        """Return headers with the one that carries this key."""
-        return {**headers, **wire.authorize(self._value)} if self._value else headers
+    def header(self, wire: WireFormat) -> dict[str, str]:
+        """Return the header that carries this key, if it is one."""
+        return wire.authorize(self._value) if self._value else {}
+
+    def is_in(self, text: str) -> bool:
+        """Tell whether a text holds this key."""
+        return any(form in text for form, _ in self._forms)
 
     def hidden_in(self, value: Any) -> Any:
-        """Return a copy of text or JSON without this key and without what Postgres cannot store."""
+        """Return text or JSON without this key and without what Postgres cannot store; itself when it has neither."""
         if isinstance(value, str):
-            for form in self._forms:
+            for form, _ in self._forms:
                 value = value.replace(form, "[redacted]")
-            return _UNSTORABLE.sub("\ufffd", value)
+            return value if value.isascii() and "\0" not in value else _UNSTORABLE.sub("\ufffd", value)
         if isinstance(value, bytes):
-            for form in self._forms:
-                value = value.replace(form.encode(), b"[redacted]")
+            for _, encoded in self._forms:
+                value = value.replace(encoded, b"[redacted]")
             return value
         if isinstance(value, list):
             return [self.hidden_in(item) for item in value]
@@ -182,14 +253,15 @@ class _Key:
 
     def hidden_in_completion(self, completion: Completion) -> Completion:
         """Return a completion that is safe to store and to log."""
-        return replace(
-            completion,
-            text=self.hidden_in(completion.text),
-            data=self.hidden_in(completion.data),
-            finish_reason=self.hidden_in(completion.finish_reason),
-            request_id=self.hidden_in(completion.request_id),
-            model=self.hidden_in(completion.model),
-        )
+        changed = {}
+        for name in ("text", "finish_reason", "request_id", "model"):
+            value = getattr(completion, name)
+            hidden = self.hidden_in(value)
+            if hidden is not value:
+                changed[name] = hidden
+        if changed or "\\" in completion.text:  # what is parsed from a text without escapes is made of its pieces
+            changed["data"] = self.hidden_in(completion.data)
+        return replace(completion, **changed) if changed else completion
 
     def hidden_in_error(self, error: ModelError) -> ModelError:
         """Return the same error, safe to store and to log, without the frames and causes that saw the key."""
@@ -198,3 +270,8 @@ class _Key:
             setattr(error, name, self.hidden_in(getattr(error, name)))
         error.__cause__ = error.__context__ = None
         return error.with_traceback(None)
+
+
+@lru_cache(maxsize=64)
+def _key(value: str) -> _Key:
+    return _Key(value)

@@ -539,6 +539,25 @@ def test_a_reply_that_broke_off_is_invalid_and_keeps_what_came() -> None:
     assert caught.value.text == '{"choices": ['
 
 
+def test_a_number_of_any_length_arrives_as_it_was_written() -> None:
+    text = '{"id": 123456789012345678901234567890, "ratio": 0.1}'
+    assert decoded("openai", chat(text), schema={"type": "object"}).data == json.loads(text)
+
+
+@pytest.mark.parametrize("answer", [b'"half: \\ud800"', b'"half: \xc3"'])
+def test_half_a_character_does_not_cost_an_answer(answer: bytes) -> None:
+    body = b'{"choices": [{"message": {"content": %b}, "finish_reason": "stop"}]}' % answer
+    assert decoded("openai", body).text[:6] == "half: "
+
+
+@pytest.mark.parametrize("answer", ['{"a": NaN}', '{"a": 1e999}', '{"a": ' + "[" * 5000 + "]" * 5000 + "}"])
+def test_what_no_database_can_hold_is_no_json(answer: str) -> None:
+    with pytest.raises(InvalidOutput, match="the answer is not JSON"):
+        decoded("openai", chat(answer), schema={"type": "object"})
+    with pytest.raises(InvalidOutput, match="the reply is not JSON"):
+        decoded("openai", answer.encode())
+
+
 def test_content_in_parts_is_joined() -> None:
     parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     body = {"choices": [{"message": {"content": parts}, "finish_reason": "stop"}]}
@@ -557,6 +576,17 @@ def test_geminis_thoughts_are_output() -> None:
     body = {"candidates": [{"content": {"parts": parts}, "finishReason": "STOP"}], "usageMetadata": used}
     completion = decoded("gemini", body)
     assert completion.text == "a" and completion.usage == Usage(10, 7, 4)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_schema_that_is_asked_with_again_is_the_same_and_another_is_not(provider: str) -> None:
+    def asked(schema: dict[str, Any]) -> str:
+        return json.dumps(encoded(provider, Request(messages=TURNS, schema=schema)).body)
+
+    narrow, wide = ({"type": "object", "properties": {name: {"type": "string"}}} for name in ("a", "b"))
+    first = asked(narrow)
+    assert '"a"' not in asked(wide) and '"b"' in asked(wide)
+    assert asked(narrow) == first == asked(dict(narrow))
 
 
 FIELD_NAMES = st.sampled_from(

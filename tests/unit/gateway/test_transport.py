@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
+import json
 import logging
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -13,6 +16,8 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
+import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -297,6 +302,27 @@ async def test_the_databases_password_is_no_api_key(
     assert stub.requests == []
 
 
+async def test_a_key_that_was_changed_is_the_one_of_the_next_call(
+    stub: StubProvider, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = transport.completer(model(stub, "openai"))
+    await ask(ASK_NOTE)
+    changed = KEY.replace("test", "next")
+    monkeypatch.setenv("OPENAI_API_KEY", changed)
+    stub.answer = f"{KEY} is old, {changed} is new"
+    assert (await ask(ASK_NOTE)).text == f"{KEY} is old, [redacted] is new"
+    assert [request.key for request in stub.requests] == [KEY, changed]
+
+
+async def test_a_key_in_a_header_is_hidden(transport: Transport, stub: StubProvider) -> None:
+    async with answering(chat(NOTE), f"x-request-id: {KEY}") as (address, _):
+        spec = model(stub, "openai_compatible", base_url=address)
+        assert (await transport.send(spec, ASK_NOTE)).request_id == "[redacted]"
+    async with answering(b"", f"location: http://other.invalid/?key={KEY}", status="307 Moved") as (address, _):
+        error = await failure(transport, model(stub, "openai_compatible", base_url=address))
+    assert error.hint is not None and error.hint.endswith("?key=[redacted]") and KEY not in told(error)
+
+
 # ---- the wire --------------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +428,79 @@ async def test_a_proxy_of_the_environment_is_used(stub: StubProvider, monkeypatc
         assert isinstance(await failure(transport, spec), Unavailable)
 
 
+async def test_a_proxy_is_told_its_own_password(stub: StubProvider, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", stub.url.replace("://", "://user:pass@"))
+    async with contextlib.aclosing(Transport()) as transport:
+        with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):
+            await transport.send(model(stub, "openai", base_url="http://far.invalid/openai/v1"), ASK_NOTE)
+    assert stub.requests[0].headers["proxy-authorization"] == "Basic dXNlcjpwYXNz"
+
+
+async def test_a_proxy_that_cannot_be_used_is_named(stub: StubProvider, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    async with contextlib.aclosing(Transport()) as transport:
+        error = await failure(transport, model(stub, "openai", base_url="http://far.invalid/v1"))
+        assert isinstance(error, RequestRejected) and "far.invalid: a socks5 proxy" in str(error)
+        assert (await transport.send(model(stub, "openai"), ASK_NOTE)).text == NOTE
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+async def test_a_compressed_reply_is_read(stub: StubProvider, transport: Transport, coding: str) -> None:
+    body = gzip.compress(chat(NOTE)) if coding == "gzip" else zlib.compress(chat(NOTE))
+    async with answering(body, f"Content-Encoding: {coding}") as (address, requests):
+        spec = model(stub, "openai_compatible", base_url=address)
+        assert (await transport.send(spec, ASK_NOTE)).text == NOTE
+    assert b"accept-encoding: gzip, deflate" in requests[0].lower()
+
+
+async def test_a_reply_that_is_not_compressed_as_it_says_is_invalid(stub: StubProvider, transport: Transport) -> None:
+    async with answering(b"not gzip", "content-encoding: gzip") as (address, _):
+        error = await failure(transport, model(stub, "openai_compatible", base_url=address))
+    assert type(error) is InvalidOutput and "cannot be decompressed" in str(error)
+
+
+async def test_a_small_reply_that_grows_without_end_is_given_up(
+    stub: StubProvider, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgharness.gateway.transport.LARGEST_REPLY", 10_000)
+    async with answering(gzip.compress(chat("x" * 100_000)), "content-encoding: gzip") as (address, _):
+        error = await failure(transport, model(stub, "openai_compatible", base_url=address))
+    assert type(error) is InvalidOutput
+
+
+async def test_no_call_leaves_anything_to_the_next(stub: StubProvider, transport: Transport) -> None:
+    async with answering(chat(NOTE), "Set-Cookie: session=1; Path=/") as (address, requests):
+        ask = transport.completer(model(stub, "openai_compatible", base_url=address))
+        for _ in range(2):
+            await ask(ASK_NOTE)
+        assert len(requests) == 2
+    assert all(b"cookie" not in request.lower() for request in requests)
+
+
+async def test_a_request_says_how_long_it_is(stub: StubProvider, transport: Transport) -> None:
+    await transport.send(model(stub, "openai"), ASK_GRADE)
+    headers = stub.requests[0].headers
+    assert int(headers["content-length"]) > 100 and "transfer-encoding" not in headers
+
+
+async def test_what_half_a_character_and_a_long_number_are_asked_with_arrives(
+    stub: StubProvider, transport: Transport
+) -> None:
+    odd = Request(messages=(Message("user", "half \ud800"),))
+    await transport.send(model(stub, "openai_compatible", parameters={"metadata": {"n": 2**70}}), odd)
+    body = stub.requests[0].body
+    assert body["messages"][0]["content"] == "half \ud800" and body["metadata"] == {"n": 2**70}
+
+
+async def test_calls_of_one_model_at_once_do_not_mix(stub: StubProvider, transport: Transport) -> None:
+    stub.answer = lambda recorded: str(recorded.body["messages"][0]["content"])
+    ask = transport.completer(model(stub, "openai"))
+    texts = [f"text {number}" for number in range(50)]
+    completions = await asyncio.gather(*(ask(Request(messages=(Message("user", text),))) for text in texts))
+    assert [completion.text for completion in completions] == texts
+
+
 async def test_a_replaced_transport_is_the_one_that_is_used(stub: StubProvider) -> None:
     def refuse(request: httpx.Request) -> httpx.Response:
         raise httpx.ReadTimeout("too late", request=request)
@@ -430,6 +529,30 @@ async def test_the_stub_runs_as_a_program(transport: Transport, stub: StubProvid
     finally:
         process.terminate()
         assert await process.wait() == 0
+
+
+def chat(text: str) -> bytes:
+    return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
+
+
+@contextlib.asynccontextmanager
+async def answering(body: bytes, *headers: str, status: str = "200 OK") -> AsyncIterator[tuple[str, list[bytes]]]:
+    """Answer every request in these bytes, as no framework would; yield the base URL and the heads of the requests."""
+    heads: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                heads.append(await reader.readuntil(b"\r\n\r\n"))
+                length = re.search(rb"content-length: (\d+)", heads[-1].lower())
+                assert length is not None
+                await reader.readexactly(int(length[1]))
+                lines = [f"HTTP/1.1 {status}", *headers, f"content-length: {len(body)}", "", ""]
+                writer.write("\r\n".join(lines).encode() + body)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", heads
 
 
 def open_files() -> int:
