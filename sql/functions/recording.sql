@@ -89,15 +89,13 @@ comment on function pgharness._target_criteria() is 'The one criterion by which 
 create or replace function pgharness._score(rubric jsonb, verdicts jsonb) returns table (score numeric, max_score numeric, criteria jsonb)
     language sql immutable security invoker          -- no pinned path: it names nothing, and is inlined
 as $$
+    -- two sets in one select list go side by side, and the shorter one ends in nulls
     select sum(part.score), sum(part.weight),
-           jsonb_agg(jsonb_build_object('rationale', v.value ->> 'rationale', 'satisfaction', (v.value ->> 'satisfaction')::numeric, 'score', part.score) order by c.number)
-      from jsonb_array_elements(rubric) with ordinality as c (value, number)
-      join jsonb_array_elements(verdicts) with ordinality as v (value, number) on v.number = c.number
-     cross join lateral (
-           select (c.value ->> 'weight')::numeric as weight,
-                  least(round((c.value ->> 'weight')::numeric * (v.value ->> 'satisfaction')::numeric / 100, 2), (c.value ->> 'weight')::numeric) as score) as part
-    having count(*) = jsonb_array_length(rubric) and count(*) = jsonb_array_length(verdicts)
-       and bool_and(coalesce((v.value ->> 'satisfaction')::numeric between 0 and 100, false));
+           jsonb_agg(jsonb_build_object('rationale', part.verdict ->> 'rationale', 'satisfaction', part.satisfaction, 'score', part.score))
+      from (select each.*, least(round(each.weight * each.satisfaction / 100, 2), each.weight) as score
+              from (select (pair.criterion ->> 'weight')::numeric as weight, (pair.verdict ->> 'satisfaction')::numeric as satisfaction, pair.verdict
+                      from (select jsonb_array_elements(rubric) as criterion, jsonb_array_elements(verdicts) as verdict) as pair offset 0) as each offset 0) as part
+    having count(part.weight) = count(*) and count(part.satisfaction) = count(*) and bool_and(part.satisfaction between 0 and 100);
 $$;
 comment on function pgharness._score(jsonb, jsonb) is
 'Score verdicts by a rubric''s criteria, in order: each gives weight * satisfaction / 100 rounded to cents (at most its weight), the sum is the score. No row when their numbers differ, or for a satisfaction outside 0..100.';

@@ -187,6 +187,21 @@ create or replace trigger _100_plan before insert on pgharness.runs
 create or replace trigger _500_freeze after insert on pgharness.runs
     for each row when (new.finished_at is null) execute function pgharness._freeze_run();
 
+create or replace function pgharness._delete_items() returns trigger
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+begin
+    delete from grades as g where g.run_id = old.id;
+    delete from notes as n where n.run_id = old.id;
+    delete from calls as c where c.run_id = old.id;
+    return old;
+end;
+$$;
+comment on function pgharness._delete_items() is
+'Delete a run''s notes, grades and calls with it. Nobody adds any meanwhile: who records an outcome locks the run''s row first.';
+create or replace trigger _100_delete_items before delete on pgharness.runs
+    for each row execute function pgharness._delete_items();
+
 create or replace function pgharness._announce_run() returns trigger
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$

@@ -16,6 +16,7 @@ from psycopg import Connection
 from world import (
     Row,
     add_instance,
+    call,
     clear,
     failure,
     finish,
@@ -208,6 +209,25 @@ def test_of_two_recorders_of_one_item_the_first_counts(scene: Scene, ending: str
     )
     assert jobs(scene.watcher) == []
     assert scene.is_consistent()
+
+
+@pytest.mark.parametrize("first", ["record", "delete"])
+def test_a_run_that_is_deleted_while_an_outcome_is_recorded_leaves_no_row_behind(scene: Scene, first: str) -> None:
+    add_instance(scene.watcher, cases=4, rubrics_per_case=1)
+    run, worker = start(scene.watcher), register(scene.watcher)
+    record(scene.watcher, worker, note(run, 0))
+    actions: list[Callable[[Database], Any]] = [
+        lambda db: record(db, worker, note(run, 1, calls=[call()]), grade(run, 0, calls=[call()])),
+        lambda db: db.execute("delete from pgharness.runs where id = %s", (run,)),
+    ]
+    actions = actions if first == "record" else actions[::-1]
+    scene.ann.does(actions[0])
+    waiting = scene.blocked(scene.bob.try_to(actions[1]), scene.bob)
+    scene.ann.commit()
+    waiting.result(10)
+    scene.bob.commit()
+    for table in ("runs", "notes", "grades", "calls", "failures"):
+        assert value(scene.watcher, f"select count(*) from pgharness.{table}") == 0, table
 
 
 @pytest.mark.parametrize("first", ["failed", "succeeded"])
