@@ -22,7 +22,7 @@ demo: $(STAMP)  ## run a small experiment on simulated models and show its resul
 	@$(BIN)/pgharness demo
 
 test: $(STAMP)  ## run the tests (a private Postgres is started for them)
-	@$(BIN)/python -m pytest -n auto --ignore=tests/crash
+	@$(BIN)/python -m pytest -n auto --ignore=tests/crash --ignore=tests/chaos
 	@$(BIN)/python -m pytest tests/crash
 
 check: $(STAMP)  ## formatting, lint, types, SQL lint
@@ -34,10 +34,13 @@ check: $(STAMP)  ## formatting, lint, types, SQL lint
 bench: $(STAMP)  ## print the benchmark table, as ratios to baselines of the same run
 	@$(BIN)/python tests/benchmarks/run.py $(ARGS)
 
+chaos: $(STAMP)  ## break everything for 30 minutes and see that nothing is lost (ARGS='--minutes 2': less)
+	@$(BIN)/python tests/chaos/run.py $(ARGS)
+
 docs: $(STAMP)  ## write docs/sql.md from the comments in the database
 	@$(BIN)/python -m pgharness.sqldoc > docs/sql.md.new && mv docs/sql.md.new docs/sql.md
 
 clean:  ## remove the virtual environment and caches
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup demo test check bench docs clean
+.PHONY: help setup demo test check bench chaos docs clean

@@ -66,12 +66,14 @@ as $$
           from unnest(outcomes) as o
          cross join lateral (select n.case_number, n.combination_number from notes as n
                               where n.run_id = o.run_id and n.ordinal = o.ordinal / (definition).grade_stride offset 0) as note
-         cross join lateral (select c as whole from run_combinations as c where c.run_id = o.run_id and c.number = note.combination_number offset 0) as combination
-         cross join lateral _grade_place(combination.whole, (o.ordinal % (definition).grade_stride)::integer) as place
+         cross join lateral (select grade.rubric_number, grade.replication
+                               from run_combinations as c cross join lateral _grade_place(c, (o.ordinal % (definition).grade_stride)::integer) as grade
+                              where c.run_id = o.run_id and c.number = note.combination_number
+                                and o.ordinal % (definition).grade_stride < c.grades_per_note offset 0) as place
           left join lateral (select r.id, r.criteria from run_rubrics as rr join rubrics as r on r.id = rr.rubric_id
                               where rr.run_id = o.run_id and rr.case_number = note.case_number and rr.number = place.rubric_number offset 0) as rubric on true
           left join lateral _score(coalesce(rubric.criteria, _target_criteria()), o.verdicts) as v on o.score is null
-         where o.kind = 'grade' and o.result = 'succeeded' and o.ordinal >= 0 and o.ordinal % (definition).grade_stride < (combination.whole).grades_per_note
+         where o.kind = 'grade' and o.result = 'succeeded' and o.ordinal >= 0
            and not exists (select from failures as f where f.run_id = o.run_id and f.kind = 'grade' and f.ordinal = o.ordinal and f.status = 'failed' offset 0)
         on conflict on constraint grades_pkey do nothing
         returning ordinal

@@ -127,9 +127,10 @@ begin
         select o
           from unnest(_missing.ordinals) as o
          cross join lateral (select n.combination_number as number from notes as n where n.run_id = _missing.run_id and n.ordinal = o / v_stride offset 0) as note
-         cross join lateral (select c as whole from run_combinations as c where c.run_id = _missing.run_id and c.number = note.number offset 0) as combination
-         cross join lateral _grade_place(combination.whole, (o % v_stride)::integer) as place
-         where o >= 0 and o % v_stride < (combination.whole).grades_per_note
+         cross join lateral (select grade.rubric_number, grade.replication
+                               from run_combinations as c cross join lateral _grade_place(c, (o % v_stride)::integer) as grade
+                              where c.run_id = _missing.run_id and c.number = note.number and o % v_stride < c.grades_per_note offset 0) as place
+         where o >= 0
            and not exists (
                select from grades as g
                 where g.run_id = _missing.run_id and g.note_ordinal = o / v_stride
