@@ -26,7 +26,9 @@ begin
 
     -- reading: the functions that views and plain look-ups need
     grant execute on function pgharness.clock(), pgharness._note_place(pgharness.run_definitions, bigint),
-        pgharness._grade_place(pgharness.run_combinations, integer), pgharness._target_criteria() to pgharness_reader, pgharness_worker;
+        pgharness._grade_place(pgharness.run_combinations, integer), pgharness._target_criteria(), pgharness._run_progress(pgharness.runs), pgharness._cell_count(bigint), pgharness._scores(bigint),
+        pgharness._note_scores(bigint), pgharness._author_pairs(bigint), pgharness._replication_spread(bigint), pgharness._call_sums(bigint),
+        pgharness._call_totals(bigint), pgharness._call_latencies(bigint), pgharness._open_blocks(bigint, text) to pgharness_reader, pgharness_worker;
 
     -- defining and starting: inputs are written by insert; runs by insert or through functions that hold the privilege
     grant insert, update, delete on pgharness.projects, pgharness.experiments, pgharness.datasets, pgharness.cases, pgharness.rubrics,

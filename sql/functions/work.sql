@@ -16,12 +16,15 @@ create or replace function pgharness._item_seconds(run_id bigint, kind text) ret
 as $$
     select avg(case when _item_seconds.kind = 'note' then generator.seconds + coalesce(c.grades_per_note * grader.seconds, 0) else grader.seconds end)
       from run_combinations as c
+     -- "between", so that only the index on model_id will do: calls_pkey would be walked to its start for a model without calls
      cross join lateral (
            select avg(newest.latency_ms) / 1000 as seconds
-             from (select k.latency_ms from calls as k where k.model_id = c.generator_id order by k.id desc limit 20) as newest) as generator
+             from (select k.latency_ms from calls as k
+                    where k.model_id between c.generator_id and c.generator_id order by k.model_id desc, k.id desc limit 20) as newest) as generator
      cross join lateral (
            select avg(newest.latency_ms) / 1000 as seconds
-             from (select k.latency_ms from calls as k where k.model_id = c.grader_id order by k.id desc limit 20) as newest) as grader
+             from (select k.latency_ms from calls as k
+                    where k.model_id between c.grader_id and c.grader_id order by k.model_id desc, k.id desc limit 20) as newest) as grader
      where c.run_id = _item_seconds.run_id;
 $$;
 comment on function pgharness._item_seconds(bigint, text) is

@@ -1,32 +1,27 @@
 -- What runs and models cost, and how models behaved: read from calls.
 
 create or replace view pgharness.model_performance with (security_invoker = true) as
-select s.run_id, s.run, s.model, s.kind, s.call_count, s.calls_succeeded, s.calls_rate_limited, s.calls_failed,
-       round(s.latency_ms[1]::numeric, 1) as latency_p50_ms, round(s.latency_ms[2]::numeric, 1) as latency_p90_ms,
-       round(s.latency_ms[3]::numeric, 1) as latency_p95_ms, round(s.latency_ms[4]::numeric, 1) as latency_p99_ms,
-       s.input_tokens, s.output_tokens, s.cached_tokens, s.cost_usd, s.wasted_cost_usd
-  from (select c.run_id, r.name as run, m.name as model, c.kind,
-               count(*)                                               as call_count,
-               count(*) filter (where c.outcome = 'succeeded')        as calls_succeeded,
-               count(*) filter (where c.outcome = 'rate_limited')     as calls_rate_limited,
-               count(*) filter (where c.outcome not in ('succeeded', 'rate_limited', 'cancelled')) as calls_failed,
-               percentile_cont('{0.5, 0.9, 0.95, 0.99}'::double precision[])
-                   within group (order by c.latency_ms) filter (where c.outcome = 'succeeded') as latency_ms,
-               sum(c.input_tokens)                                    as input_tokens,
-               sum(c.output_tokens)                                   as output_tokens,
-               sum(c.cached_tokens)                                   as cached_tokens,
-               sum(c.cost_usd)                                        as cost_usd,
-               coalesce(sum(c.cost_usd) filter (where c.outcome <> 'succeeded'), 0) as wasted_cost_usd
-          from pgharness.calls as c
-          join pgharness.runs as r on r.id = c.run_id
-          join pgharness.models as m on m.id = c.model_id
-         group by c.run_id, r.name, m.name, c.kind) as s;
+select r.id as run_id, r.name as run, m.name as model, t.kind, t.call_count, t.calls_succeeded, t.calls_rate_limited, t.calls_failed,
+       round(l.latency_ms[1]::numeric, 1) as latency_p50_ms, round(l.latency_ms[2]::numeric, 1) as latency_p90_ms,
+       round(l.latency_ms[3]::numeric, 1) as latency_p95_ms, round(l.latency_ms[4]::numeric, 1) as latency_p99_ms,
+       t.input_tokens, t.output_tokens, t.cached_tokens, t.cost_usd, t.wasted_cost_usd
+  from pgharness.runs as r
+ cross join lateral (
+       select c.model_id, c.kind, sum(c.call_count)::bigint                                           as call_count,
+              coalesce(sum(c.call_count) filter (where c.outcome = 'succeeded'), 0)::bigint           as calls_succeeded,
+              coalesce(sum(c.call_count) filter (where c.outcome = 'rate_limited'), 0)::bigint        as calls_rate_limited,
+              coalesce(sum(c.call_count) filter (where c.outcome not in ('succeeded', 'rate_limited', 'cancelled')), 0)::bigint as calls_failed,
+              sum(c.input_tokens)::bigint as input_tokens, sum(c.output_tokens)::bigint as output_tokens, sum(c.cached_tokens)::bigint as cached_tokens,
+              sum(c.cost_usd) as cost_usd, coalesce(sum(c.cost_usd) filter (where c.outcome <> 'succeeded'), 0) as wasted_cost_usd
+         from pgharness._call_totals(r.id) as c group by c.model_id, c.kind) as t
+  join pgharness.models as m on m.id = t.model_id
+  left join lateral pgharness._call_latencies(r.id) as l on l.model_id = t.model_id and l.kind = t.kind;
 comment on view pgharness.model_performance is
 'One row per run, model and kind of item (note, grade): its calls, their latency, tokens and cost. Example: select * from pgharness.model_performance where run_id = 1;';
 comment on column pgharness.model_performance.kind is 'What the model was asked for: note or grade.';
 comment on column pgharness.model_performance.call_count is 'Requests that ended, retries included; cancelled ones are in this count alone.';
 comment on column pgharness.model_performance.calls_failed is 'Calls that ended neither well, nor at a rate limit, nor by a cancelled run.';
-comment on column pgharness.model_performance.latency_p50_ms is 'Median latency of the calls that succeeded; p90, p95 and p99 likewise (percentile_cont).';
+comment on column pgharness.model_performance.latency_p50_ms is 'Median latency of the calls that succeeded; p90, p95 and p99 likewise (percentile_cont). In a run of more than 50,000 notes (or grades), of an even sample of theirs.';
 comment on column pgharness.model_performance.cached_tokens is 'The part of input_tokens that the provider served from its cache.';
 comment on column pgharness.model_performance.wasted_cost_usd is 'The part of cost_usd spent on calls that did not succeed.';
 
@@ -37,13 +32,7 @@ select r.id as run_id, r.name as run, r.instance, r.kind, r.status,
        round((r.note_cost_usd + r.grade_cost_usd) / nullif(r.notes_succeeded, 0), 8) as usd_per_note,
        c.wasted_cost_usd, r.created_at as started_at
   from pgharness.runs as r
- cross join lateral (
-       select count(*)                            as call_count,
-              coalesce(sum(c.input_tokens), 0)    as input_tokens,
-              coalesce(sum(c.output_tokens), 0)   as output_tokens,
-              coalesce(sum(c.cached_tokens), 0)   as cached_tokens,
-              coalesce(sum(c.cost_usd) filter (where c.outcome <> 'succeeded'), 0) as wasted_cost_usd
-         from pgharness.calls as c where c.run_id = r.id) as c;
+ cross join lateral pgharness._call_sums(r.id) as c;
 comment on view pgharness.cost_by_run is
 'One row per run: calls, tokens and cost. Example: select run, cost_usd, usd_per_note from pgharness.cost_by_run order by cost_usd desc;';
 comment on column pgharness.cost_by_run.call_count is 'Requests to models that ended, whatever their outcome.';
@@ -52,18 +41,17 @@ comment on column pgharness.cost_by_run.usd_per_note is 'cost_usd, grading inclu
 comment on column pgharness.cost_by_run.wasted_cost_usd is 'The part of cost_usd spent on calls that did not succeed.';
 
 create or replace view pgharness.cost_by_model with (security_invoker = true) as
-select m.id as model_id, m.name as model, m.provider,
-       c.run_count, c.call_count, c.input_tokens, c.output_tokens, c.cached_tokens, c.cost_usd, c.last_used_at
+select m.id as model_id, m.name as model, m.provider, coalesce(c.run_count, 0) as run_count, coalesce(c.call_count, 0) as call_count,
+       coalesce(c.input_tokens, 0) as input_tokens, coalesce(c.output_tokens, 0) as output_tokens, coalesce(c.cached_tokens, 0) as cached_tokens,
+       coalesce(c.cost_usd, 0) as cost_usd, c.last_used_at
   from pgharness.models as m
- cross join lateral (
-       select count(distinct c.run_id)            as run_count,
-              count(*)                            as call_count,
-              coalesce(sum(c.input_tokens), 0)    as input_tokens,
-              coalesce(sum(c.output_tokens), 0)   as output_tokens,
-              coalesce(sum(c.cached_tokens), 0)   as cached_tokens,
-              coalesce(sum(c.cost_usd), 0)        as cost_usd,
-              max(c.started_at)                   as last_used_at
-         from pgharness.calls as c where c.model_id = m.id) as c;
+  left join (select each.model_id, count(*) as run_count, sum(each.call_count)::bigint as call_count, sum(each.input_tokens)::bigint as input_tokens,
+                    sum(each.output_tokens)::bigint as output_tokens, sum(each.cached_tokens)::bigint as cached_tokens, sum(each.cost_usd) as cost_usd,
+                    max(each.last_used_at) as last_used_at
+               from (select c.model_id, count(*) as call_count, sum(c.input_tokens) as input_tokens, sum(c.output_tokens) as output_tokens,
+                            sum(c.cached_tokens) as cached_tokens, sum(c.cost_usd) as cost_usd, max(c.started_at) as last_used_at
+                       from pgharness.calls as c group by c.model_id, c.run_id) as each
+              group by each.model_id) as c on c.model_id = m.id;
 comment on view pgharness.cost_by_model is
 'One row per model, used or not: its calls, tokens and cost over all runs. Example: select model, cost_usd from pgharness.cost_by_model order by cost_usd desc;';
 comment on column pgharness.cost_by_model.run_count is 'Runs that called it.';
@@ -83,7 +71,8 @@ select m.id as model_id, m.name as model, c.kind, c.item_count, c.input_tokens, 
               sum(recent.output_tokens)::double precision / count(*) filter (where recent.outcome = 'succeeded') as output_tokens,
               sum(recent.cached_tokens)::double precision / count(*) filter (where recent.outcome = 'succeeded') as cached_tokens
          from (select c.kind, c.outcome, c.input_tokens, c.output_tokens, c.cached_tokens
-                 from pgharness.calls as c where c.model_id = m.id order by c.id desc limit 2000) as recent
+                 -- a range, lest the planner walk back through all calls of all models by their id, in search of a model that has none
+                 from pgharness.calls as c where c.model_id between m.id and m.id order by c.model_id desc, c.id desc limit 2000) as recent
         group by recent.kind
        having count(*) filter (where recent.outcome = 'succeeded') > 0) as c;
 comment on view pgharness.model_usage is

@@ -1,40 +1,14 @@
 -- Watching runs: how far they are, what happened last, what failed, who works, what is stuck, what is left.
 
 create or replace view pgharness.run_progress with (security_invoker = true) as
-select r.id as run_id, r.name as run, r.instance, r.kind, r.status, r.reason,
-       trunc(100.0 * (done.notes + done.grades + r.grades_skipped) / nullif(r.note_count + r.grade_count, 0), 1) as percent_done,
-       r.note_count, staff.notes as notes_running, r.notes_succeeded, r.notes_failed, waiting.notes as notes_waiting,
-       r.grade_count, staff.grades as grades_running, r.grades_succeeded, r.grades_failed, r.grades_skipped, waiting.grades as grades_waiting,
-       round(speed.items_per_second::numeric, 3) as items_per_second,
-       round(remaining.seconds::numeric, 1) as seconds_left,
-       now.at + make_interval(secs => remaining.seconds) as expected_finish_at,
-       round(r.note_cost_usd + r.grade_cost_usd, 6) as cost_usd,
-       round(case when r.finished_at is not null then r.note_cost_usd + r.grade_cost_usd
-                  when left_over.grades = 0 then r.note_cost_usd * r.note_count / nullif(done.notes, 0) + r.grade_cost_usd
-                  else r.note_cost_usd * r.note_count / nullif(done.notes, 0)
-                       + r.grade_cost_usd * (done.grades + left_over.grades) / nullif(done.grades, 0) end, 6) as projected_cost_usd,
-       r.budget_usd, staff.worker_count,
-       round(active.seconds::numeric, 1) as active_seconds, r.created_at as started_at, r.finished_at
+select r.id as run_id, r.name as run, r.instance, r.kind, r.status, r.reason, computed.percent_done,
+       r.note_count, computed.notes_running, r.notes_succeeded, r.notes_failed, computed.notes_waiting,
+       r.grade_count, computed.grades_running, r.grades_succeeded, r.grades_failed, r.grades_skipped, computed.grades_waiting,
+       computed.items_per_second, computed.seconds_left, computed.expected_finish_at,
+       round(r.note_cost_usd + r.grade_cost_usd, 6) as cost_usd, computed.projected_cost_usd, r.budget_usd,
+       computed.worker_count, computed.active_seconds, r.created_at as started_at, r.finished_at
   from pgharness.runs as r
- cross join lateral (select pgharness.clock() as at) as now
- cross join lateral (select r.notes_succeeded + r.notes_failed as notes, r.grades_succeeded + r.grades_failed as grades) as done
- cross join lateral (
-       select r.note_count - done.notes as notes, r.grade_count - done.grades - r.grades_skipped as grades) as left_over
- cross join lateral (
-       select r.active_seconds + coalesce(greatest(extract(epoch from now.at - r.activated_at), 0), 0)::double precision as seconds) as active
- cross join lateral (select (done.notes + done.grades) / nullif(active.seconds, 0) as items_per_second) as speed
- cross join lateral (
-       select case when r.status = 'running' then (left_over.notes + left_over.grades) / nullif(speed.items_per_second, 0) end as seconds) as remaining
- cross join lateral (
-       select count(*) filter (where f.kind = 'note') as notes, count(*) filter (where f.kind = 'grade') as grades
-         from pgharness.failures as f where f.run_id = r.id and f.status = 'waiting') as waiting
- cross join lateral (
-       select count(*) as worker_count, coalesce(sum((w.in_flight -> r.id::text ->> 'note')::integer), 0) as notes,
-              coalesce(sum((w.in_flight -> r.id::text ->> 'grade')::integer), 0) as grades
-         from pgharness.run_workers as rw
-         join pgharness.workers as w on w.id = rw.worker_id
-        where rw.run_id = r.id and r.status = 'running'
-          and w.status in ('running', 'draining') and w.heartbeat_at > now.at - interval '30 seconds') as staff;
+ cross join lateral pgharness._run_progress(r) as computed;
 comment on view pgharness.run_progress is
 'One row per run: state, what is planned and done, speed, cost. Cheap at any size: it reads the run''s counters, never its notes. Example: select * from pgharness.run_progress where run_id = 1;';
 comment on column pgharness.run_progress.kind is 'trial or milestone.';
@@ -231,33 +205,42 @@ select r.id as run_id, r.name as run, item.kind, ca.name as case_name, c.name as
        ru.author as rubric_author, item.grade_replication, f.next_attempt_at, item.ordinal
   from pgharness.runs as r
  cross join lateral (
+       -- blocks of the plan in which all is decided are left out whole; in the others each place is looked up
        select 'note' as kind, o as ordinal, place.case_number, place.combination_number, place.overlap, place.replication,
               null::integer as rubric_number, null::integer as grade_replication
          from pgharness.run_definitions as d
-        cross join generate_series(0, r.note_count - 1) as o
+        cross join lateral pgharness._open_blocks(r.id, 'note') as block
+        cross join lateral generate_series(block.first, block.last) as o
         cross join lateral pgharness._note_place(d, o) as place
         where d.run_id = r.id
-          and not exists (select from pgharness.notes as n where n.run_id = r.id and n.ordinal = o)
+          and not exists (select from pgharness.notes as n where n.run_id = r.id and n.ordinal = o offset 0)
        union all
        select 'grade', o * d.grade_stride + k, place.case_number, place.combination_number, place.overlap, place.replication,
               grade.rubric_number, grade.replication
          from pgharness.run_definitions as d
-        cross join generate_series(0, r.note_count - 1) as o
+        cross join lateral pgharness._open_blocks(r.id, 'grade') as block
+        cross join lateral generate_series(block.first, block.last) as o
         cross join lateral pgharness._note_place(d, o) as place
          join pgharness.run_combinations as c on c.run_id = d.run_id and c.number = place.combination_number
         cross join lateral generate_series(0, c.grades_per_note - 1) as k
         cross join lateral pgharness._grade_place(c, k) as grade
         where d.run_id = r.id
           and not exists (select from pgharness.grades as g
-                           where g.run_id = r.id and g.note_ordinal = o and g.rubric_number = grade.rubric_number and g.replication = grade.replication)
+                           where g.run_id = r.id and g.note_ordinal = o and g.rubric_number = grade.rubric_number and g.replication = grade.replication offset 0)
           and not exists (select from pgharness.failures as f
-                           where f.run_id = r.id and f.kind = 'note' and f.ordinal = o and f.status = 'failed')) as item
-  join pgharness.run_cases as rc on rc.run_id = r.id and rc.number = item.case_number
-  join pgharness.cases as ca on ca.id = rc.case_id
-  join pgharness.run_combinations as c on c.run_id = r.id and c.number = item.combination_number
-  left join pgharness.run_rubrics as rr on rr.run_id = r.id and rr.case_number = item.case_number and rr.number = item.rubric_number
-  left join pgharness.rubrics as ru on ru.id = rr.rubric_id
-  left join pgharness.failures as f on f.run_id = r.id and f.kind = item.kind and f.ordinal = item.ordinal
+                           where f.run_id = r.id and f.kind = 'note' and f.ordinal = o and f.status = 'failed' offset 0)) as item
+ -- looked up row by row: how many rows there will be is beyond the planner, and the first ones are wanted first
+ cross join lateral (
+       select ca.name from pgharness.run_cases as rc join pgharness.cases as ca on ca.id = rc.case_id
+        where rc.run_id = r.id and rc.number = item.case_number offset 0) as ca
+ cross join lateral (
+       select c.name from pgharness.run_combinations as c where c.run_id = r.id and c.number = item.combination_number offset 0) as c
+  left join lateral (
+       select ru.author from pgharness.run_rubrics as rr join pgharness.rubrics as ru on ru.id = rr.rubric_id
+        where rr.run_id = r.id and rr.case_number = item.case_number and rr.number = item.rubric_number offset 0) as ru on true
+  left join lateral (
+       select f.status, f.next_attempt_at from pgharness.failures as f
+        where f.run_id = r.id and f.kind = item.kind and f.ordinal = item.ordinal offset 0) as f on true
  where f.status is distinct from 'failed';
 comment on view pgharness.outstanding_items is
 'One row per note or grade of a run that is neither done nor failed: the plan minus what is there, grades of notes to come included. It walks the whole plan: seconds for a million notes; run_progress has the counts. Example: select * from pgharness.outstanding_items where run_id = 1;';

@@ -101,25 +101,18 @@ select distinct on (x.run_id, x.key) x.run_id, r.name as run, x.key, x.value, x.
 comment on view pgharness.run_results is 'One row per run and key: the latest value that record_result() was given.';
 
 create or replace view pgharness.scores with (security_invoker = true) as
-select r.id as run_id, r.name as run, ca.name as case_name, c.name as combination, s.overlap, ru.author as rubric_author,
-       s.note_count, s.grade_count, s.mean_score, s.replication_sd, s.min_score, s.max_score, rc.case_id
+select r.id as run_id, r.name as run, ca.name as case_name, c.name as combination, place.overlap, ru.author as rubric_author,
+       s.note_count, s.grade_count, round(s.mean_score::numeric, 4) as mean_score, round(s.replication_sd::numeric, 4) as replication_sd,
+       round(s.min_score::numeric, 4) as min_score, round(s.max_score::numeric, 4) as max_score, rc.case_id
   from pgharness.runs as r
- cross join lateral (
-       select note.case_number, note.combination_number, note.overlap, note.rubric_id,
-              count(*) as note_count, sum(note.grade_count)::bigint as grade_count,
-              round(avg(note.score), 4) as mean_score, round(stddev_samp(note.score), 4) as replication_sd,
-              round(min(note.score), 4) as min_score, round(max(note.score), 4) as max_score
-         from (select n.case_number, n.combination_number, n.overlap, n.ordinal, g.rubric_id,
-                      avg(g.score / g.max_score) as score, count(*) as grade_count
-                 from pgharness.grades as g
-                 join pgharness.notes as n on n.run_id = g.run_id and n.ordinal = g.note_ordinal
-                where g.run_id = r.id
-                group by n.case_number, n.combination_number, n.overlap, n.ordinal, g.rubric_id) as note
-        group by note.case_number, note.combination_number, note.overlap, note.rubric_id) as s
-  join pgharness.run_cases as rc on rc.run_id = r.id and rc.number = s.case_number
+  join pgharness.run_definitions as d on d.run_id = r.id
+ cross join lateral pgharness._scores(r.id) as s
+ cross join lateral pgharness._note_place(d, s.cell) as place
+  join pgharness.run_cases as rc on rc.run_id = r.id and rc.number = place.case_number
   join pgharness.cases as ca on ca.id = rc.case_id
-  join pgharness.run_combinations as c on c.run_id = r.id and c.number = s.combination_number
-  left join pgharness.rubrics as ru on ru.id = s.rubric_id;
+  join pgharness.run_combinations as c on c.run_id = r.id and c.number = place.combination_number
+  left join pgharness.run_rubrics as rr on rr.run_id = r.id and rr.case_number = place.case_number and rr.number = s.rubric_number
+  left join pgharness.rubrics as ru on ru.id = rr.rubric_id;
 comment on view pgharness.scores is
 'One row per run, case, combination, transcript overlap and rubric author that has grades: their scores, as shares of the highest possible (0..1). Example: select * from pgharness.scores where run_id = 1;';
 comment on column pgharness.scores.overlap is 'The transcript overlap that the generator was given.';
@@ -140,19 +133,20 @@ select r.id as run_id, r.name as run, s.combination, s.case_count, s.note_count,
        round(s.min_score::numeric, 4) as min_score, round(s.max_score::numeric, 4) as max_score
   from pgharness.runs as r
  cross join lateral (
-       with note as (
-           select c.number, c.name, n.case_number, n.overlap, n.ordinal, g.score, g.grade_count
-             from pgharness.run_combinations as c
-             left join pgharness.notes as n on n.run_id = c.run_id and n.combination_number = c.number
-             left join (select g.note_ordinal, avg(g.score / g.max_score)::double precision as score, count(*) as grade_count
-                          from pgharness.grades as g where g.run_id = r.id group by g.note_ordinal) as g on g.note_ordinal = n.ordinal
-            where c.run_id = r.id
+       with note as materialized (
+           select place.combination_number, place.case_number, n.*
+             from pgharness.run_definitions as d
+            cross join pgharness._note_scores(r.id) as n
+            cross join lateral pgharness._note_place(d, n.cell) as place
+            where d.run_id = r.id
        ), cell as (
            -- replications differ by chance alone only within one case and one overlap
-           select note.number, note.name, note.case_number, count(note.ordinal) as note_count, count(note.score) as scored_count,
-                  coalesce(sum(note.grade_count), 0) as grade_count, sum(note.score) as total, min(note.score) as lowest, max(note.score) as highest,
-                  coalesce(var_samp(note.score) * (count(note.score) - 1), 0) as squares, greatest(count(note.score) - 1, 0) as freedom
-             from note group by note.number, note.name, note.case_number, note.overlap
+           select c.number, c.name, note.case_number, coalesce(note.note_count, 0) as note_count, coalesce(note.scored_count, 0) as scored_count,
+                  coalesce(note.grade_count, 0) as grade_count, note.total, note.lowest, note.highest,
+                  coalesce(note.squares, 0) as squares, greatest(note.scored_count - 1, 0) as freedom
+             from pgharness.run_combinations as c
+             left join note on note.combination_number = c.number
+            where c.run_id = r.id
        ), cluster as (
            select cell.number, cell.name, sum(cell.note_count) as note_count, sum(cell.grade_count) as grade_count, sum(cell.scored_count) as scored_count,
                   sum(cell.total) as total, min(cell.lowest) as lowest, max(cell.highest) as highest, sum(cell.squares) as squares, sum(cell.freedom) as freedom,
@@ -187,25 +181,32 @@ comment on column pgharness.combination_scores.max_score is 'Highest score of a 
 
 create or replace view pgharness.author_agreement with (security_invoker = true) as
 select r.id as run_id, r.name as run, c.name as combination, s.author_a, s.author_b, s.note_count,
-       round(s.mean_difference::numeric, 4)          as mean_difference,
-       round(s.mean_absolute_difference::numeric, 4) as mean_absolute_difference,
-       round(s.correlation::numeric, 4)              as correlation
+       round((s.difference / s.note_count)::numeric, 4)  as mean_difference,
+       round((s.differences / s.note_count)::numeric, 4) as mean_absolute_difference,
+       -- a constant has no correlation, and rounding errors must not give it one
+       case when s.is_varied and s.squares_a > 0 and s.squares_b > 0
+            then round((s.products / (sqrt(s.squares_a) * sqrt(s.squares_b)))::numeric, 4) end as correlation
   from pgharness.runs as r
  cross join lateral (
-       with graded as (
-           select n.combination_number, n.ordinal, ru.author, avg(g.score / g.max_score)::double precision as score
-             from pgharness.grades as g
-             join pgharness.notes as n on n.run_id = g.run_id and n.ordinal = g.note_ordinal
-             join pgharness.rubrics as ru on ru.id = g.rubric_id
-            where g.run_id = r.id
-            group by n.combination_number, n.ordinal, ru.author
+       with pair as materialized (
+           select place.combination_number, a.author as author_a, b.author as author_b, a.author < b.author as is_sorted, p.*
+             from pgharness.run_definitions as d
+            cross join pgharness._author_pairs(r.id) as p
+            cross join lateral pgharness._note_place(d, p.cell) as place
+             join pgharness.run_rubrics as of_a on of_a.run_id = r.id and of_a.case_number = place.case_number and of_a.number = p.rubric_a
+             join pgharness.rubrics as a on a.id = of_a.rubric_id
+             join pgharness.run_rubrics as of_b on of_b.run_id = r.id and of_b.case_number = place.case_number and of_b.number = p.rubric_b
+             join pgharness.rubrics as b on b.id = of_b.rubric_id
+            where d.run_id = r.id
        )
-       select a.combination_number, a.author as author_a, b.author as author_b, count(*) as note_count,
-              avg(a.score - b.score) as mean_difference, avg(abs(a.score - b.score)) as mean_absolute_difference,
-              -- a constant has no correlation, and rounding errors must not give it one
-              case when min(a.score) < max(a.score) and min(b.score) < max(b.score) then corr(a.score, b.score) end as correlation
-         from graded as a join graded as b on b.ordinal = a.ordinal and b.author > a.author
-        group by a.combination_number, a.author, b.author) as s
+       select p.combination_number, least(p.author_a, p.author_b) as author_a, greatest(p.author_a, p.author_b) as author_b, sum(p.note_count)::bigint as note_count,
+              sum(case when p.is_sorted then p.total_a - p.total_b else p.total_b - p.total_a end) as difference, sum(p.differences) as differences,
+              sum(p.note_count)::double precision * sum(p.products) - sum(p.total_a) * sum(p.total_b) as products,
+              sum(p.note_count)::double precision * sum(p.squares_a) - sum(p.total_a) ^ 2 as squares_a,
+              sum(p.note_count)::double precision * sum(p.squares_b) - sum(p.total_b) ^ 2 as squares_b,
+              min(p.min_a) < max(p.max_a) and min(p.min_b) < max(p.max_b) as is_varied
+         from pair as p
+        group by p.combination_number, least(p.author_a, p.author_b), greatest(p.author_a, p.author_b)) as s
   join pgharness.run_combinations as c on c.run_id = r.id and c.number = s.combination_number;
 comment on view pgharness.author_agreement is
 'One row per run, combination and pair of rubric authors: how far notes graded by the rubrics of both get the same score (0..1; of several grades by one rubric the mean). Example: select * from pgharness.author_agreement where run_id = 1;';
@@ -216,27 +217,20 @@ comment on column pgharness.author_agreement.correlation is 'Pearson''s r over t
 
 create or replace view pgharness.replication_agreement with (security_invoker = true) as
 select r.id as run_id, r.name as run, c.name as combination, s.rubric_author, s.note_count, s.grade_count,
-       round(s.replication_sd::numeric, 4)           as replication_sd,
-       round(s.mean_absolute_difference::numeric, 4) as mean_absolute_difference
+       round(sqrt(s.squares / s.freedom)::numeric, 4)      as replication_sd,
+       round((s.differences / s.pair_count)::numeric, 4)   as mean_absolute_difference
   from pgharness.runs as r
  cross join lateral (
-       select each.combination_number, each.author as rubric_author, count(*) as note_count, sum(each.grade_count)::bigint as grade_count,
-              sqrt(sum(each.variance * (each.grade_count - 1)) / sum(each.grade_count - 1)::double precision) as replication_sd,
-              sum(pairs.difference) / sum(each.grade_count * (each.grade_count - 1) / 2)::double precision as mean_absolute_difference
-         from (select n.combination_number, ru.author, count(*) as grade_count,
-                      var_samp((g.score / g.max_score)::double precision) as variance,
-                      array_agg((g.score / g.max_score)::double precision order by g.score / g.max_score) as sorted
-                 from pgharness.grades as g
-                 join pgharness.notes as n on n.run_id = g.run_id and n.ordinal = g.note_ordinal
-                 left join pgharness.rubrics as ru on ru.id = g.rubric_id
-                where g.run_id = r.id
-                group by n.combination_number, n.ordinal, g.rubric_number, ru.author
-               having count(*) >= 2) as each
-        cross join lateral (
-              -- over all pairs, the i-th of n sorted scores is the larger one i - 1 times and the smaller one n - i times
-              select sum((2 * x.i - 1 - each.grade_count) * x.score) as difference
-                from unnest(each.sorted) with ordinality as x (score, i)) as pairs
-        group by each.combination_number, each.author) as s
+       select place.combination_number, ru.author as rubric_author, sum(p.note_count)::bigint as note_count, sum(p.grade_count)::bigint as grade_count,
+              sum(p.squares) as squares, sum(p.grade_count - p.note_count)::double precision as freedom,
+              sum(p.differences) as differences, sum(p.pair_count)::double precision as pair_count
+         from pgharness.run_definitions as d
+        cross join pgharness._replication_spread(r.id) as p
+        cross join lateral pgharness._note_place(d, p.cell) as place
+         left join pgharness.run_rubrics as rr on rr.run_id = r.id and rr.case_number = place.case_number and rr.number = p.rubric_number
+         left join pgharness.rubrics as ru on ru.id = rr.rubric_id
+        where d.run_id = r.id
+        group by place.combination_number, ru.author) as s
   join pgharness.run_combinations as c on c.run_id = r.id and c.number = s.combination_number;
 comment on view pgharness.replication_agreement is
 'One row per run, combination and rubric author with several grades of a note: how far the grader agrees with itself (scores 0..1). Example: select * from pgharness.replication_agreement where run_id = 1;';

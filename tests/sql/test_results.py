@@ -256,6 +256,46 @@ def test_authors_whose_scores_never_vary_have_no_correlation(tx: Connection[Any]
     assert pick(row, "note_count correlation") == (6, None)
 
 
+def test_an_author_with_two_rubrics_of_a_case_counts_once(tx: Connection[Any]) -> None:
+    """Imported runs may have such authors: their score of a note is the mean of its grades by either rubric."""
+    world.add_instance(tx, cases=3, rubrics_per_case=2)
+    run, worker = world.start(tx), world.register(tx)
+    tx.execute(
+        "insert into pgharness.rubrics (case_name, author, validation, criteria)"
+        " select case_name, author, 'accepted', criteria from pgharness.rubrics where author = 'ann'"
+    )
+    tx.execute(
+        "insert into pgharness.run_rubrics (run_id, case_number, number, rubric_id)"
+        " select rc.run_id, rc.number, 3, max(r.id) from pgharness.run_cases as rc"
+        " join pgharness.rubrics as r on r.case_id = rc.case_id and r.author = 'ann' group by rc.run_id, rc.number"
+    )
+    tx.execute("set local session_replication_role = replica")  # or the definition is frozen
+    tx.execute("update pgharness.run_combinations set rubric_count = 3 where run_id = %s", (run,))
+    tx.execute("update pgharness.run_definitions set grade_stride = 3 where run_id = %s", (run,))
+    tx.execute("update pgharness.runs set grade_count = 9 where id = %s", (run,))
+    tx.execute("set local session_replication_role = origin")
+    record(tx, worker, *(world.note(run, note) for note in range(3)))
+    given = [(10, 40, 30), (60, 50, 90), (20, 20, 70)]  # by rubrics 1 to 3 of each case's note
+    authors = value(
+        tx,
+        "select array_agg(r.author order by rr.number) from pgharness.run_rubrics as rr"
+        " join pgharness.rubrics as r on r.id = rr.rubric_id where rr.run_id = %s and rr.case_number = 0",
+        run,
+    )
+    grades = itertools.product(range(3), range(3))
+    record(tx, worker, *(world.grade(run, n * 3 + k, given[n][k], given[n][k]) for n, k in grades))
+    ann = [statistics.fmean(s for s, name in zip(note, authors, strict=True) if name == "ann") for note in given]
+    bob = [statistics.fmean(s for s, name in zip(note, authors, strict=True) if name == "bob") for note in given]
+    [row] = rows(tx, "select * from pgharness.author_agreement where run_id = %s", run)
+    assert pick(row, "author_a author_b note_count") == ("ann", "bob", 3)
+    expected = {
+        "mean_difference": np.mean(np.subtract(ann, bob)) / 100,
+        "mean_absolute_difference": np.mean(np.abs(np.subtract(ann, bob))) / 100,
+        "correlation": stats.pearsonr(ann, bob).statistic,
+    }
+    assert floats(row, list(expected)) == pytest.approx(expected, abs=CLOSE)
+
+
 def test_replication_agreement_compares_grades_of_one_note_and_rubric(story: Story) -> None:
     cells: dict[tuple[str, str], dict[Note, list[float]]] = defaultdict(lambda: defaultdict(list))
     for grade in story.graded:

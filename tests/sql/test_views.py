@@ -473,12 +473,20 @@ def big(server_url: str, template: str) -> Iterator[Connection[Any]]:
         )
         db.execute(
             "insert into pgharness.grades"
-            " (run_id, note_ordinal, rubric_number, replication, ordinal, attempts, score, max_score, created_at)"
-            " select 1, n.ordinal, 0, 1, n.ordinal, 1, n.ordinal % 2, 1, n.created_at + interval '1 ms'"
+            " (run_id, note_ordinal, rubric_number, replication, ordinal, attempts, score, max_score, criteria, created_at)"
+            " select 1, n.ordinal, 0, 1, n.ordinal, 1, n.ordinal % 2, 1, jsonb_build_array(repeat('why ', 100)), n.created_at + interval '1 ms'"
             " from pgharness.notes as n where n.ordinal < 99999"
         )
+        db.execute(
+            "insert into pgharness.calls (run_id, kind, ordinal, attempt, model_id, outcome, latency_ms, started_at)"
+            " select 1, 'note', o * 10, 1, m.id, case when o % 1000 = 7 then 'timeout' else 'succeeded' end, o * 7919 % 50021, now()"
+            " from generate_series(0, 49999) as o join pgharness.models as m on m.name = 'simulator'"
+        )
         db.execute("update pgharness.runs set notes_succeeded = 100000, grades_succeeded = 99999")
-        db.execute("analyze")
+        world.add_instance(db, "small", combinations=pair)
+        assert world.start(db, "small") == 2
+        world.work_off(db, world.register(db))
+        db.execute("vacuum analyze")
         yield db
 
 
@@ -489,12 +497,6 @@ def explained(db: Connection[Any], query: str) -> Row:
     return plan
 
 
-def relations(plan: Row) -> set[str]:
-    """Return the tables that a plan reads."""
-    own = {plan["Relation Name"]} if "Relation Name" in plan else set()
-    return own.union(*(relations(child) for child in plan.get("Plans", [])))
-
-
 def pages(plan: Row) -> int:
     """Return how many pages a query looked at."""
     return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
@@ -502,9 +504,9 @@ def pages(plan: Row) -> int:
 
 @pytest.mark.parametrize("condition", ["run_id = 1", "run = 'big/1'"])
 def test_run_progress_reads_counters_alone(big: Connection[Any], condition: str) -> None:
-    plan = explained(big, f"select * from pgharness.run_progress where {condition}")
-    assert relations(plan) <= {"runs", "failures", "run_workers", "workers"}
-    assert pages(plan) < 50
+    query = f"select * from pgharness.run_progress where {condition}"
+    assert rows(big, query)[0]["notes_succeeded"] == 100_000  # and what follows reads no catalog
+    assert pages(explained(big, query)) < 50
 
 
 def test_recent_activity_reads_little_more_than_it_shows(big: Connection[Any]) -> None:
@@ -530,3 +532,60 @@ def test_run_progress_reads_no_failures_but_those_that_wait(big: Connection[Any]
         query = "select * from pgharness.run_progress where run_id = 1"
         assert rows(big, query)[0]["grades_waiting"] == 20
         assert pages(explained(big, query)) < 70
+
+
+OF_RUNS = (
+    "select table_name from information_schema.columns where table_schema = 'pgharness' and column_name = 'run_id'"
+)
+
+
+def test_a_small_run_is_read_without_the_big_one_beside_it(big: Connection[Any]) -> None:
+    tables = " intersect select viewname from pg_views where schemaname = 'pgharness'"
+    views = [row["table_name"] for row in rows(big, OF_RUNS + tables)]
+    assert len(views) > 15
+    for view in set(views) - {"outstanding_items"}:  # which may count the notes of all runs, if that is quicker
+        query = f"select * from pgharness.{view} where run_id = 2"
+        big.execute(query.encode())
+        assert pages(explained(big, query)) < 250, view
+
+
+@pytest.mark.parametrize("function", ["_scores", "_note_scores"])
+def test_scores_are_read_from_the_index_of_grades(big: Connection[Any], function: str) -> None:
+    grades = value(big, "select pg_relation_size('pgharness.grades') / current_setting('block_size')::integer")
+    query = f"select * from pgharness.{function}(1)"
+    assert len(rows(big, query)) == 1000
+    assert pages(explained(big, query)) < grades / 2
+
+
+def test_model_usage_does_not_look_for_calls_of_models_that_have_none(big: Connection[Any]) -> None:
+    query = "select * from pgharness.model_usage"
+    found = rows(big, query)
+    assert {row["model"] for row in found} == {"simulator"} and sum(
+        row["item_count"] for row in found
+    ) == 1998  # of 2,000
+    assert pages(explained(big, query)) < 200
+
+
+def test_failure_causes_reads_the_calls_that_failed(big: Connection[Any]) -> None:
+    big.execute("vacuum pgharness.failures")  # of what other tests rolled back
+    query = "select * from pgharness.failure_causes where run_id = 1"
+    assert [pick(row, "cause calls_failed") for row in rows(big, query)] == [("timeout", 50)]
+    assert pages(explained(big, query)) < 50
+
+
+def test_latencies_of_very_many_calls_are_those_of_a_sample(big: Connection[Any]) -> None:
+    [row] = rows(big, "select * from pgharness.model_performance where run_id = 1")
+    latencies = sorted(o * 7919 % 50021 for o in range(50_000) if o % 1000 != 7)
+    assert row["calls_succeeded"] == len(latencies)
+    for percent in (50, 90, 95, 99):
+        exact = latencies[len(latencies) * percent // 100]
+        assert float(row[f"latency_p{percent}_ms"]) == pytest.approx(exact, rel=0.04)
+
+
+def test_the_first_page_of_outstanding_items_passes_over_what_is_done(big: Connection[Any]) -> None:
+    with big.transaction(force_rollback=True):
+        big.execute("delete from pgharness.notes where run_id = 1 and ordinal > 99000")
+        query = "select * from pgharness.outstanding_items where run_id = 1 and kind = 'note' limit 100"
+        assert [row["ordinal"] for row in rows(big, query)] == list(range(99001, 99101))
+        notes = value(big, "select pg_relation_size('pgharness.notes_pkey') / current_setting('block_size')::integer")
+        assert pages(explained(big, query)) < notes + 20_000

@@ -140,6 +140,7 @@ class Engine:
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._sharing: asyncio.Task[None] | None = None
+        self._is_held = False
         self.is_draining = False
 
     # -- what the process asks of it
@@ -211,6 +212,11 @@ class Engine:
         run.gate = self._limits.of_run(run.run_id) if max_concurrency is not None else None
         if run.gate is not None:
             run.gate.waiting = run.waiting  # calls in flight do not count: a new cap holds when they have ended
+
+    def hold(self, *, is_held: bool) -> None:
+        """Begin no call while held: a worker that cannot show life counts as lost, and others make its items."""
+        self._is_held = is_held
+        self._fill_places()
 
     def drain(self) -> None:
         """Start no more items; those in flight end, and slices hand back the rest."""
@@ -409,7 +415,7 @@ class Engine:
 
     def _fill_places(self) -> None:
         """Begin items while there are places for them."""
-        while self._free > 0 and self._waiting and (found := self._next()) is not None:
+        while self._free > 0 and self._waiting and not self._is_held and (found := self._next()) is not None:
             run, line = found
             item = line.items.popleft()
             self._leave_line(run, line)
