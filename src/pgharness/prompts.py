@@ -7,7 +7,8 @@ data and is never interpreted. A template that does not work fails its items wit
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
@@ -29,12 +30,15 @@ class _Environment(ImmutableSandboxedEnvironment):
 _ENVIRONMENT = _Environment(undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
 
 
+_MARKS = re.compile(r"\{[{%#]")
+
+
 class Prompt:
     """A system and a user template, compiled once a run."""
 
     def __init__(self, kind: str, system: str, user: str) -> None:
         self._templates = [
-            (name, role, _compile(name, text))
+            (name, role, _renderer(name, text))
             for name, role, text in ((f"{kind}_system_prompt", "system", system), (f"{kind}_prompt", "user", user))
             if text
         ]
@@ -42,9 +46,9 @@ class Prompt:
     def render(self, values: Mapping[str, Any]) -> tuple[Message, ...]:
         """Return the messages for these values; raises RequestRejected naming the template and what it lacks."""
         messages = []
-        for name, role, template in self._templates:
+        for name, role, rendered in self._templates:
             try:
-                text = template.render(values)
+                text = rendered(values)
             except Exception as exc:
                 raise RequestRejected(
                     f"{name} cannot be rendered: {exc}",
@@ -53,6 +57,14 @@ class Prompt:
             if text.strip():
                 messages.append(Message("system" if role == "system" else "user", text))
         return tuple(messages)
+
+
+def _renderer(name: str, text: str) -> Callable[[Mapping[str, Any]], str]:
+    template = _compile(name, text)
+    if _MARKS.search(text):
+        return template.render
+    constant = template.render()
+    return lambda values: constant
 
 
 def _compile(name: str, text: str) -> jinja2.Template:

@@ -606,7 +606,7 @@ class Engine:
         return max(self.concurrency, len(self._started))
 
     def _needs_more(self) -> bool:
-        return self._waiting < self._enough()
+        return self._waiting < self.concurrency or self._waiting < self._enough()
 
     def _is_short_of(self, run_id: int) -> bool:
         """Tell whether less of a run waits here than its share of the places, which those below it have no part in."""
