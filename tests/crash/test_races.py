@@ -197,9 +197,13 @@ async def test_an_abort_keeps_what_has_been_answered(lab: Any, run_id: int) -> N
 class _CancelsFirst(Engine):
     """An engine that learns of a cancellation after an item's task was made, and before its first step."""
 
-    def _begin(self, *arguments: Any) -> None:
-        super()._begin(*arguments)
-        self.apply_states([{"run_id": arguments[0].run_id, "status": "cancelled", "epoch": 0}])
+    has_heard = False
+
+    def _fill_places(self) -> None:
+        super()._fill_places()
+        if self.in_flight and not self.has_heard:
+            self.has_heard = True
+            self.apply_states([{"run_id": self.open_runs[0], "status": "cancelled", "epoch": 0}])
 
 
 async def test_items_that_were_cancelled_before_their_first_step_leave_their_places(lab: Any, run_id: int) -> None:

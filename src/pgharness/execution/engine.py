@@ -8,6 +8,7 @@ order of the plan. A note's grades follow in the same slice when this worker mak
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
 import time
@@ -32,7 +33,7 @@ from pgharness.execution.items import (
 from pgharness.execution.recorder import Recorder
 from pgharness.gateway import Gateway
 from pgharness.gateway.limits import Gate, Limits
-from pgharness.types import Completer, Completion, ItemKind
+from pgharness.types import Completer, Completion, ItemKind, Request
 
 logger = logging.getLogger(__name__)
 _CRASH_LIMIT = 5
@@ -95,12 +96,26 @@ class _Run:
     lines: dict[tuple[ItemKind, int], _Line] = field(default_factory=dict)
     waiting: int = 0
     items: int = 0  # those in slices, waiting, in flight and being recorded
-    tasks: set[asyncio.Task[Row]] = field(default_factory=set)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
     in_flight: Counter[ItemKind] = field(default_factory=Counter)
 
     def wants(self, work: Slice) -> bool:
         """Tell whether a slice is waited for: what a run that stopped has left comes back under a later epoch."""
         return self.status == "running" and self.epoch == work.epoch
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """An item that is tried now, with what it takes."""
+
+    run: _Run
+    item: Item
+    completer: Completer
+    request: Request
+    gate: Gate | None
+    run_gate: Gate | None
+    charged: float = 0.0
+    has_begun: bool = False
 
 
 class Engine:
@@ -235,6 +250,7 @@ class Engine:
 
     async def close(self) -> None:
         """Write what is left and stop."""
+        self.abort()
         if self._sharing is not None:
             self._sharing.cancel()
         await self._recorder.close()
@@ -415,12 +431,36 @@ class Engine:
 
     def _fill_places(self) -> None:
         """Begin items while there are places for them."""
-        while self._free > 0 and self._waiting and not self._is_held and (found := self._next()) is not None:
+        while self._free > 0 and (call := self._next_call()) is not None:
+            self._free -= 1
+            task = asyncio.get_running_loop().create_task(self._occupy(call))
+            call.run.tasks.add(task)
+            task.add_done_callback(functools.partial(self._vacate, call))
+        self._update_room()
+
+    def _next_call(self) -> _Call | None:
+        """Take the item that begins next from its line, with what it takes to call its model; None when none may."""
+        while self._waiting and not self._is_held and (found := self._next()) is not None:
             run, line = found
             item = line.items.popleft()
             self._leave_line(run, line)
-            self._begin(run, line, item)
-        self._update_room()
+            if item.request is None and item.trouble is None:
+                self._prepare(run, item)
+            request, item.request = item.request, None
+            if request is None:
+                assert item.trouble is not None
+                self._recorder.add(item.failed(item.trouble), item)
+                continue
+            call = _Call(run, item, run.definition.completer(item), request, line.gate, run.gate)
+            call.charged = line.gate.enter() if line.gate is not None else 0.0
+            if run.gate is not None:
+                run.gate.enter()
+            run.in_flight[item.kind] += 1
+            self._started.append(time.monotonic())
+            if item.is_suspect:
+                self._suspect = item
+            return call
+        return None
 
     def _next(self) -> tuple[_Run, _Line] | None:
         """Return the line whose first item begins next, or None when nothing may."""
@@ -458,59 +498,57 @@ class Engine:
         except Exception as exc:
             item.trouble = exc
 
-    def _begin(self, run: _Run, line: _Line, item: Item) -> None:
-        if item.request is None and item.trouble is None:
-            self._prepare(run, item)
-        request, item.request = item.request, None
-        if request is None:
-            assert item.trouble is not None
-            self._recorder.add(item.failed(item.trouble), item)
-            return
-        completer = run.definition.completer(item)
-        run_gate = run.gate
-        charged = line.gate.enter() if line.gate is not None else 0.0
-        if run_gate is not None:
-            run_gate.enter()
-        self._free -= 1
-        run.in_flight[item.kind] += 1
-        self._started.append(time.monotonic())
-        if item.is_suspect:
-            self._suspect = item
-        call = self._try_alone if item.is_suspect else self._try
-        task = asyncio.get_running_loop().create_task(call(item, completer, request, line.gate, charged))
-        run.tasks.add(task)
+    # -- places
 
-        def ended(task: asyncio.Task[Row]) -> None:
-            # here and not in the task: one that is cancelled before its first step runs nothing of its own
-            run.tasks.discard(task)
-            run.in_flight[item.kind] -= 1
-            self._free += 1
-            if line.gate is not None:
-                line.gate.leave()
-            if run_gate is not None:
-                run_gate.leave()
-            if item.is_suspect:
-                self._suspect = None
-            if task.cancelled():
-                self._end(item, is_over=False)
-            elif exc := task.exception():
-                logger.error("item %s was left undone", item.key, exc_info=exc)
-                self._end(item, is_over=False)
+    async def _occupy(self, call: _Call | None) -> None:
+        """Make calls in one place, one after the other: the next begins in the very step in which the last one ends."""
+        task = asyncio.current_task()
+        assert task is not None
+        while call is not None:
+            call.has_begun = True
+            outcome = None
+            try:
+                outcome = await (self._try_alone(call) if call.item.is_suspect else self._try(call))
+            except asyncio.CancelledError:
+                task.uncancel()  # it was the call that was cancelled, not the place
+            except Exception:
+                logger.exception("item %s was left undone", call.item.key)
+            call.run.tasks.discard(task)
+            self._leave(call)
+            if outcome is None:
+                self._end(call.item, is_over=False)
             else:
-                self._recorder.add(task.result(), item)
-            self._fill_places()
+                self._recorder.add(outcome, call.item)
+            call = self._next_call()
+            if call is not None:
+                call.run.tasks.add(task)
+            self._update_room()
 
-        task.add_done_callback(ended)
+    def _vacate(self, first: _Call, task: asyncio.Task[None]) -> None:
+        self._free += 1
+        if not first.has_begun:  # cancelled before its first step, a task runs nothing of its own
+            first.run.tasks.discard(task)
+            self._leave(first)
+            self._end(first.item, is_over=False)
+        self._fill_places()
 
-    # -- tries
+    def _leave(self, call: _Call) -> None:
+        call.run.in_flight[call.item.kind] -= 1
+        if call.gate is not None:
+            call.gate.leave()
+        if call.run_gate is not None:
+            call.run_gate.leave()
+        if call.item.is_suspect:
+            self._suspect = None
 
-    async def _try(self, item: Item, completer: Completer, request: Any, gate: Gate | None, charged: float) -> Row:
+    async def _try(self, call: _Call) -> Row:
         """Make the one call of this try and return its outcome; a cancelled call is recorded as such."""
+        item, gate = call.item, call.gate
         record = CallRecord(item.spec)
         completion: Completion | None = None
         error: ModelError
         try:
-            completion = await completer(request)
+            completion = await call.completer(call.request)
             answer = item.read(completion)
         except asyncio.CancelledError:
             self._recorder.add(item.outcome("cancelled", [record.cancelled()]))
@@ -519,21 +557,22 @@ class Engine:
             error = model_error(exc)
         else:
             if gate is not None:
-                gate.settle(charged, completion.usage.input_tokens + completion.usage.output_tokens)
+                gate.settle(call.charged, completion.usage.input_tokens + completion.usage.output_tokens)
             return item.outcome("succeeded", [record.succeeded(completion)]) | answer
         if error.retry_after is not None and not error.spends_attempt:
             self._limits.block(item.spec, error.retry_after)
         if gate is not None:
-            gate.settle(charged, sum(used_tokens(completion or error)[:2]))
+            gate.settle(call.charged, sum(used_tokens(completion or error)[:2]))
         return item.failed(error, [record.failed(error, completion)])
 
-    async def _try_alone(self, item: Item, *arguments: Any) -> Row:
+    async def _try_alone(self, call: _Call) -> Row:
         """Make a try that may kill this process: count the crash that follows if it does; fail after enough."""
+        item = call.item
         charged = await self._persist("charge_crash", run_id=item.run_id, kind=item.kind, ordinal=item.ordinal)
         if charged[0]["charge_crash"] > _CRASH_LIMIT:
             error = RequestRejected(f"the worker process died {_CRASH_LIMIT} times while it ran this item alone")
             return item.failed(error) | {"cause": "crashed"}
-        return await self._try(item, *arguments)
+        return await self._try(call)
 
     # -- ends
 
