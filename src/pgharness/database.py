@@ -1,7 +1,9 @@
 """The one door to SQL: a pool, calls of pgharness functions, reads of pgharness views.
 
 Python holds no SQL of its own beyond what is built here: everything that changes state is a function of schema
-`pgharness`, everything that is read is a view of it. Errors come out as HarnessError, with the server's hint.
+`pgharness`, everything that is read is a view of it. Errors come out as HarnessError, with the server's hint. Nothing
+here leaves anything behind in a session (settings, prepared statements, locks, temporary tables), so a pooler may give
+each transaction another server connection; the one exception is `listen`, which is told where to connect.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 from psycopg import AsyncConnection, Connection, IsolationLevel
@@ -21,6 +24,22 @@ from psycopg_pool import AsyncConnectionPool
 from pgharness.errors import DatabaseError, from_sqlstate
 
 Row = dict[str, Any]
+# a worker process has these, one that records and one that listens
+POOL_SIZE = 2
+WORKER_CONNECTIONS = POOL_SIZE + 2
+# A peer that went away without a word is noticed within half a minute, not after the hours that TCP gives it; and a
+# prepared statement would not outlive the queue's schema, nor a pooler's choice of another server connection.
+_CONNECTING: dict[str, Any] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+    "prepare_threshold": None,
+}
+_RECONNECT_SECONDS = 10.0  # after which a pool that tries in vain begins anew: its pauses double
+_LISTENING_SECONDS = 30.0
+_HEARING_SECONDS = 2.0
 # what a lost connection, a restarting server or a deadlock looks like: the same statement may succeed later
 TRANSIENT = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.SerializationFailure)
 
@@ -129,15 +148,56 @@ def without_password(url: str) -> tuple[str, dict[str, str]]:
 def connect(url: str, *, autocommit: bool = True) -> Connection[Any]:
     """Open one connection, for commands that end soon."""
     try:
-        return psycopg.connect(url, autocommit=autocommit, connect_timeout=10, application_name="pgharness")
+        return psycopg.connect(url, autocommit=autocommit, application_name="pgharness", **_CONNECTING)
     except psycopg.Error as exc:
-        said = str(exc).strip()
-        if "@" in url or "password" in url:
-            said = said.replace(url, "(the connection string)")
-        raise DatabaseError(
-            f"cannot connect to the database: {said}",
-            hint="Check that the server runs, and --database-url or PGHARNESS_DATABASE_URL; see `pgharness doctor`.",
-        ) from exc
+        raise _unreachable(url, exc) from exc
+
+
+def _unreachable(url: str, error: psycopg.Error) -> DatabaseError:
+    said = str(error).strip()
+    if "@" in url or "password" in url:
+        said = said.replace(url, "(the connection string)")
+    return DatabaseError(
+        f"cannot connect to the database: {said}",
+        hint="Check that the server runs, and --database-url or PGHARNESS_DATABASE_URL; see `pgharness doctor`.",
+    )
+
+
+def shares_servers(url: str) -> bool:
+    """Tell whether a pooler gives each transaction whatever server connection is free: transaction pooling.
+
+    Two sessions that are open at once never meet in the same server process otherwise. That they do not meet here
+    proves nothing on a busy pooler, but they take turns a few times, and a pooler prefers the connection used last.
+    """
+    with connect(url) as one, connect(url) as other:
+        met: list[set[int]] = [set(), set()]
+        for _ in range(3):
+            for pids, connection in zip(met, (one, other), strict=True):
+                found = connection.execute("select pg_backend_pid()").fetchone()
+                assert found is not None
+                pids.add(found[0])
+    return bool(met[0] & met[1]) or max(map(len, met)) > 1
+
+
+def connection_room(connection: Connection[Any]) -> tuple[int, int]:
+    """Return how many connections the server allows to roles without privileges, and how many it has now."""
+    found = connection.execute(
+        "select current_setting('max_connections')::integer"
+        " - current_setting('superuser_reserved_connections')::integer - coalesce("
+        "current_setting('reserved_connections', true)::integer, 0),"
+        " (select sum(numbackends)::integer from pg_stat_database)"
+    ).fetchone()
+    assert found is not None
+    return found[0], found[1]
+
+
+def hears(url: str, notifier: Connection[Any]) -> bool:
+    """Tell whether a listener at a connection string hears what another connection notifies of."""
+    token = uuid4().hex
+    with connect(url) as listener, translated_errors():
+        listener.execute("listen pgharness_doctor")
+        notifier.execute("select pg_notify('pgharness_doctor', %s)", (token,))
+        return any(heard.payload == token for heard in listener.notifies(timeout=_HEARING_SECONDS, stop_after=1))
 
 
 class Database:
@@ -146,7 +206,7 @@ class Database:
     No transaction outlives a call, so none is held while a model is being asked.
     """
 
-    def __init__(self, url: str, *, size: int = 3, application_name: str = "pgharness") -> None:
+    def __init__(self, url: str, *, size: int = POOL_SIZE, application_name: str = "pgharness") -> None:
         self.url = url
         self.pool: AsyncConnectionPool[AsyncConnection[Any]] = AsyncConnectionPool(
             url,
@@ -154,10 +214,10 @@ class Database:
             max_size=size,
             open=False,
             timeout=30,
-            configure=_configure,
+            max_idle=60,
             check=None,
-            # a prepared statement would not outlive the queue's schema, and a call of a function gains nothing by one
-            kwargs={"application_name": application_name, "connect_timeout": 10, "prepare_threshold": None},
+            reconnect_timeout=_RECONNECT_SECONDS,
+            kwargs={"application_name": application_name, "autocommit": True, **_CONNECTING},
         )
 
     async def open(self) -> None:
@@ -189,7 +249,49 @@ class Database:
             await self.close()
 
 
-async def _configure(connection: AsyncConnection[Any]) -> None:
-    await connection.set_autocommit(True)
-    # the queue names its functions without a schema; ours are always named with it
-    await connection.execute("set search_path = procrastinate, pg_temp")
+async def listen(url: str, channels: Iterable[str]) -> AsyncIterator[tuple[str, str]]:
+    """Yield the channel and payload of each notification, over a connection of its own, until that is lost.
+
+    Raises DatabaseError when it cannot connect or listen there.
+    """
+    try:
+        connection = await AsyncConnection.connect(
+            url, autocommit=True, application_name="pgharness listener", **_CONNECTING
+        )
+    except psycopg.Error as exc:
+        raise _unreachable(url, exc) from exc
+    async with connection:
+        with translated_errors():
+            for channel in channels:
+                await connection.execute(SQL("listen {}").format(Identifier(channel)))
+        while True:
+            async for heard in connection.notifies(timeout=_LISTENING_SECONDS):
+                yield heard.channel, heard.payload
+            await connection.execute("select 1")  # a connection that died in silence ends here
+
+
+class Line:
+    """One connection for a thread of its own, made when it is needed and again after it was lost."""
+
+    def __init__(self, url: str, *, application_name: str = "pgharness") -> None:
+        self._url = url
+        self._application_name = application_name
+        self._connection: Connection[Any] | None = None
+
+    def call(self, function: str, /, **args: object) -> list[Row]:
+        """Run one pgharness function with named arguments and return its rows; connection trouble is TRANSIENT."""
+        if self._connection is None or self._connection.closed:
+            self._connection = psycopg.connect(
+                self._url, autocommit=True, application_name=self._application_name, **_CONNECTING
+            )
+        try:
+            return call(self._connection, function, **args)
+        except TRANSIENT:
+            if self._connection.broken:
+                self.close()
+            raise
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

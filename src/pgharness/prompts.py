@@ -61,22 +61,27 @@ class Prompt:
 
 def _renderer(name: str, text: str) -> Callable[[Mapping[str, Any]], str]:
     template = _compile(name, text)
-    if _MARKS.search(text):
-        return template.render
-    constant = template.render()
-    return lambda values: constant
+    if not _MARKS.search(text):
+        constant = template.render()
+        return lambda values: constant
+    # one context for all renderings: making one takes longer than most templates
+    context, known = template.new_context(), dict(template.globals)
+
+    def rendered(values: Mapping[str, Any]) -> str:
+        context.parent, context.vars, context.exported_vars = {**known, **values}, {}, set()
+        return "".join(template.root_render_func(context))
+
+    return rendered
 
 
 def _compile(name: str, text: str) -> jinja2.Template:
     try:
-        template = _ENVIRONMENT.from_string(text)
+        return _ENVIRONMENT.from_string(text)
     except jinja2.TemplateSyntaxError as exc:
         raise RequestRejected(
             f"{name} is not a valid template (line {exc.lineno}): {exc.message}",
             hint="Mend it in pgharness.instances and start a new run.",
         ) from exc
-    template.globals = dict(template.globals)  # a ChainMap, which every rendering would copy name by name
-    return template
 
 
 def text_of(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 The one importer of procrastinate. A job's arguments are a Slice. Jobs are put back by our own sweep, judged by our own
 workers' heartbeats, so Procrastinate's pruning of workers is kept out of the way. Its connection to the database is
-made to outlive the database: a restart pauses fetching and ends nothing.
+made to outlive the database: a restart pauses fetching and ends nothing. It needs no session of its own either: names
+carry their schema, and notifications come over whatever connection they are told to.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, LiteralString, TypeVar
 
 from procrastinate import App, BaseRetryStrategy, JobContext, PsycopgConnector, RetryDecision
 from procrastinate import exceptions as queue_errors
+from procrastinate.connector import Notify
 from procrastinate.jobs import Job, Status
 from procrastinate.manager import JobManager
 
-from pgharness.database import TRANSIENT, Database
+from pgharness.database import TRANSIENT, Database, listen
 from pgharness.errors import HarnessError
 from pgharness.execution import Engine, HandedBack, Slice
 
@@ -39,10 +43,40 @@ class _Again(BaseRetryStrategy):
         return RetryDecision(retry_in={"seconds": min(5 * (job.attempts + 1), 60)})
 
 
+class _Connector(PsycopgConnector):
+    """Procrastinate's connector without state in any session, so that a pooler may pool transactions."""
+
+    def __init__(self, listen_url: str | None) -> None:
+        super().__init__()
+        self.listen_url = listen_url
+
+    async def execute_query_async(self, query: LiteralString, **arguments: Any) -> None:
+        await super().execute_query_async(qualified(query), **arguments)
+
+    async def execute_query_one_async(self, query: LiteralString, **arguments: Any) -> dict[str, Any]:
+        found: dict[str, Any] = await super().execute_query_one_async(qualified(query), **arguments)
+        return found
+
+    async def execute_query_all_async(self, query: LiteralString, **arguments: Any) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = await super().execute_query_all_async(qualified(query), **arguments)
+        return found
+
+    async def listen_notify(self, on_notification: Notify, channels: Iterable[str]) -> None:
+        assert self.listen_url is not None
+        async for channel, payload in listen(self.listen_url, channels):
+            await on_notification(channel=channel, payload=payload)
+
+
+@cache
+def qualified(query: LiteralString) -> LiteralString:
+    """Return a query of Procrastinate's with the schema in front of the queue's tables, types and functions."""
+    return re.sub(r"(?<![\w.])(?=procrastinate_)", "procrastinate.", query)
+
+
 class _Jobs(JobManager):
     """Procrastinate's job manager, fetching only when the engine has room and patient with the database."""
 
-    def __init__(self, connector: PsycopgConnector, queue: Queue) -> None:
+    def __init__(self, connector: _Connector, queue: Queue) -> None:
         super().__init__(connector)
         self._queue = queue
 
@@ -87,11 +121,13 @@ class _Jobs(JobManager):
             await on_notification(**told)
 
         while not self._queue.is_stopping:
-            try:
-                await super().listen_for_jobs(on_notification=notified, **kwargs)
-            except (queue_errors.ConnectorException, *TRANSIENT) as exc:
-                logger.warning("no notifications for the moment, polling instead: %s", _reason(exc))
+            if self._queue.listen_url is not None:
+                try:
+                    await super().listen_for_jobs(on_notification=notified, **kwargs)
+                except (HarnessError, queue_errors.ConnectorException, *TRANSIENT) as exc:
+                    logger.warning("no notifications for the moment, polling instead: %s", _reason(exc))
             await asyncio.sleep(_POLLING_SECONDS)
+            self._queue.engine.hear_news()  # for all we know
 
     async def _patiently(self, write: Callable[[], Awaitable[_T]]) -> _T | None:
         delay = 0.1
@@ -100,7 +136,8 @@ class _Jobs(JobManager):
                 return await write()
             except queue_errors.ConnectorException as exc:
                 if self._queue.is_stopping or not isinstance(exc.__cause__, TRANSIENT):
-                    logger.warning("the end of a job could not be written; the sweep will find it: %s", _reason(exc))
+                    # in one line: a sweep that took us for lost has put the job back, and every open slice says so
+                    logger.warning("the end of a job could not be written: %s", str(_reason(exc)).splitlines()[0])
                     return None
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 5.0)
@@ -109,14 +146,16 @@ class _Jobs(JobManager):
 class Queue:
     """This process's end of the queue: takes slices for the engine until it is stopped."""
 
-    def __init__(self, database: Database, engine: Engine, *, worker_id: int) -> None:
+    def __init__(self, database: Database, engine: Engine, *, worker_id: int, listen_url: str | None) -> None:
+        """Prepare to take slices; without a `listen_url`, new work is asked for once a second."""
         self.database = database
         self.engine = engine
         self.worker_id = worker_id
+        self.listen_url = listen_url
         self.is_stopping = False
         self.open_jobs: set[int] = set()
         self._working: asyncio.Task[None] | None = None
-        connector = PsycopgConnector()
+        connector = _Connector(listen_url)
         self._app = App(connector=connector)
         self._app.job_manager = _Jobs(connector, self)
         self._app.task(name="pgharness.slice", pass_context=True, retry=_Again())(self._run_slice)

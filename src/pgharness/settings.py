@@ -11,8 +11,11 @@ from pathlib import Path
 
 from pgharness.errors import SettingsError
 
+LISTEN_OFF = "off"
 VARIABLES: dict[str, str] = {
     "PGHARNESS_DATABASE_URL": "connection string of the server to use; without it the embedded server is used",
+    "PGHARNESS_LISTEN_URL": "direct connection string for workers to hear of new work, when PGHARNESS_DATABASE_URL is a"
+    " pooler's in transaction mode; `off` lets them ask once a second instead",
     "PGHARNESS_HOME": "folder of the embedded server's data",
     "PGHARNESS_PG_BIN": "folder with the Postgres programs for the embedded server",
     "PGHARNESS_OS_USER": "operating-system user that runs the embedded server when pgharness runs as root",
@@ -31,6 +34,7 @@ class Settings:
     cache_root: Path
     allows_code: bool
     stale_seconds: float
+    listen_url: str | None  # None: over the database URL, unless a pooler forbids it
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, *, database_url: str | None = None) -> Settings:
@@ -48,6 +52,7 @@ class Settings:
             cache_root=Path(environ.get("PGHARNESS_CACHE") or _default_cache(environ)),
             allows_code=_flag(environ, "PGHARNESS_ALLOW_CODE"),
             stale_seconds=_seconds(environ, "PGHARNESS_STALE_SECONDS", 30.0),
+            listen_url=_listen_url(environ),
         )
 
 
@@ -64,6 +69,18 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
     if value not in ("", "0", "1", "true", "false", "yes", "no"):
         raise SettingsError(f"{name} is {value!r}", hint=f"Set {name}=1 or {name}=0.")
     return value in ("1", "true", "yes")
+
+
+def _listen_url(environ: Mapping[str, str]) -> str | None:
+    value = environ.get("PGHARNESS_LISTEN_URL") or None
+    if value is None or value.lower() == LISTEN_OFF:
+        return value and LISTEN_OFF
+    if "=" not in value and "://" not in value:
+        raise SettingsError(
+            "PGHARNESS_LISTEN_URL is no connection string",  # which is not shown: it may hold a password
+            hint="Set it to a direct connection string of the database, such as postgresql://host/name, or to off.",
+        )
+    return value
 
 
 def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:

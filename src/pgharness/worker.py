@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib.metadata
 import logging
 import multiprocessing
@@ -27,18 +28,19 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
+import uvloop
+
 from pgharness import __version__, database, schema
 from pgharness.database import TRANSIENT, Database
 from pgharness.errors import HarnessError, LeaseLost, SchemaOutOfDate
 from pgharness.execution import Engine
 from pgharness.gateway import Gateway
 from pgharness.queue import Queue
-from pgharness.settings import Settings
+from pgharness.settings import LISTEN_OFF, Settings
 
 logger = logging.getLogger(__name__)
 EXIT_SCHEMA = 4
 _HEARTBEAT_SECONDS = 1.0
-_POOL_SIZE = 4
 _RESTART_SECONDS = (0.1, 5.0)
 _SETTLED_SECONDS = 2.0  # a process that died younger is replaced with growing delay
 _HUNG_SECONDS = 10.0  # without a turn of its event loop; never less than it takes to count as lost
@@ -89,7 +91,8 @@ async def run_process(options: WorkerOptions, *, parent_pid: int, pulse: c_doubl
     """
     with database.connect(options.url) as connection:
         schema.verify(connection)
-    pool = Database(options.url, size=_POOL_SIZE, application_name="pgharness worker")
+    listen_url = _listen_url(options)
+    pool = Database(options.url, application_name="pgharness worker")
     async with pool.opened():
         registered = await pool.call(
             "register_worker",
@@ -103,7 +106,7 @@ async def run_process(options: WorkerOptions, *, parent_pid: int, pulse: c_doubl
         worker_id: int = registered[0]["register_worker"]
         gateway = Gateway(cache_root=options.settings.cache_root, allows_code=options.settings.allows_code)
         engine = Engine(pool, gateway, worker_id=worker_id, concurrency=options.concurrency, queues=options.queues)
-        queue = Queue(pool, engine, worker_id=worker_id)
+        queue = Queue(pool, engine, worker_id=worker_id, listen_url=listen_url)
         process = _Process(pool, engine, queue, worker_id, parent_pid, options.settings.stale_seconds)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, process.stop)
@@ -119,6 +122,22 @@ async def run_process(options: WorkerOptions, *, parent_pid: int, pulse: c_doubl
             await gateway.aclose()
             with contextlib.suppress(HarnessError, *TRANSIENT):
                 await process.beat("stopped")
+
+
+def _listen_url(options: WorkerOptions) -> str | None:
+    """Return where to hear of new work; None to ask for it instead."""
+    chosen = options.settings.listen_url or options.url
+    if chosen == LISTEN_OFF:
+        return None
+    with contextlib.suppress(HarnessError, *TRANSIENT):  # a listener that cannot connect tries again later
+        if database.shares_servers(chosen):
+            # a LISTEN would stay behind on a server connection that others use next
+            logger.warning(
+                "a pooler in transaction mode carries no notifications: asking for new work once a second;"
+                " set PGHARNESS_LISTEN_URL to a direct connection string, or to off"
+            )
+            return None
+    return chosen
 
 
 async def _show_pulse(pulse: c_double) -> None:
@@ -186,6 +205,7 @@ class _Process:
             try:
                 await self.beat("draining" if self._queue.is_stopping else "running")
                 last, self._beat_at = self._beat_at, time.monotonic()
+                self._engine.hold(is_held=False)
                 if self._beat_at - last > self._stale_seconds * 0.6:
                     # the database was away, for others too: nobody counts as lost before they could show life
                     self._sweep_at = self._beat_at + self._stale_seconds
@@ -195,6 +215,7 @@ class _Process:
                 return
             except Exception as exc:  # whatever it is: without a heartbeat this worker would count as lost
                 logger.log(logging.WARNING if isinstance(exc, TRANSIENT) else logging.ERROR, "no heartbeat: %s", exc)
+                self._engine.hold(is_held=time.monotonic() - self._beat_at > self._stale_seconds)
             await asyncio.sleep(min(_HEARTBEAT_SECONDS, self._stale_seconds / 10))
 
     async def _keep_sweeping(self) -> None:
@@ -224,8 +245,11 @@ def _process_main(options: WorkerOptions, parent_pid: int, pulse: c_double) -> N
     if options.log_level > logging.DEBUG:
         for noisy in ("procrastinate", "httpx", "psycopg.pool"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
+    # what is here now stays; and the calls in flight are many objects, which need not be looked through so often
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
     try:
-        asyncio.run(run_process(options, parent_pid=parent_pid, pulse=pulse))
+        uvloop.run(run_process(options, parent_pid=parent_pid, pulse=pulse))
     except SchemaOutOfDate as exc:
         logger.error("%s. %s", exc, exc.hint or "")
         sys.exit(EXIT_SCHEMA)

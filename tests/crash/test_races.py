@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from pgharness.database import Database
+import world
+from pgharness.database import Database, Line
 from pgharness.execution import Engine, HandedBack, Slice, engine
 from pgharness.execution.recorder import Recorder
 from pgharness.gateway.limits import Limits
@@ -179,6 +180,40 @@ async def test_drain_hands_back_at_once_what_waits_for_a_blocked_model(lab: Any)
         assert model.started == []
 
 
+async def test_items_that_were_given_away_and_come_back_at_once_are_made(lab: Any, run_id: int) -> None:
+    lab.db.execute("delete from procrastinate.procrastinate_jobs")
+    lab.db.execute("select pgharness._defer_range(%s, 'note', 0, 7, 8)", (run_id,))
+    worker_id = world.register(lab.db)
+    job = world.take(lab.db, worker_id)
+    assert job is not None
+    slices: list[asyncio.Task[None]] = []
+
+    class Fast(Database):
+        """Fetches the new job before it has heard that it was made."""
+
+        async def call(self, function: str, /, **arguments: Any) -> list[dict[str, Any]]:
+            answer = await super().call(function, **arguments)
+            if function == "share_slice":
+                given = Slice(run_id, "note", 0, ordinals=arguments["ordinals"])
+                slices.append(asyncio.create_task(giver.run_slice(given)))
+                await until(lambda: any(item.twins for item in giver._claims.values()))
+            return answer
+
+    model, pool = Calls(), Fast(lab.url, size=4)
+    async with pool.opened():
+        giver = Engine(pool, model, worker_id=worker_id, concurrency=2)  # type: ignore[arg-type]
+        slices.append(asyncio.create_task(giver.run_slice(Slice(**job["args"], job_id=job["id"]))))
+        await until(lambda: len(model.open) == 2)
+        giver.apply_states([{"run_id": run_id, "status": "running", "epoch": 0, "idle_elsewhere": 10}])
+        await until(lambda: len(slices) == 2)
+        while not all(each.done() for each in slices):
+            model.answer()
+            await asyncio.sleep(0.005)
+        await asyncio.gather(*slices)
+        await giver.close()
+    assert note_count(lab) == 8 and sorted(model.started) == sorted(set(model.started))
+
+
 async def test_an_abort_keeps_what_has_been_answered(lab: Any, run_id: int) -> None:
     model = Calls()
     async with opened(lab, model) as engine:
@@ -224,7 +259,7 @@ async def test_inputs_that_others_push_out_of_the_cache_are_not_missed(
         slices = []
         for parts in ([(0, 1)], [(0, 3), (4, 7)] * 5, [(1, 2), (2, 5), (6, 6)] * 5):
             slices += [asyncio.create_task(busy.run_slice(sliced(run_id, *part))) for part in parts]
-            await until(lambda wanted=parts[0][1] + 1: len(model.open) >= wanted)
+            await until(lambda: len(model.open) >= parts[0][1] + 1)  # noqa: B023
         while not all(work.done() for work in slices):
             model.answer()
             await asyncio.sleep(0.005)
@@ -233,7 +268,7 @@ async def test_inputs_that_others_push_out_of_the_cache_are_not_missed(
 
 
 async def test_a_setting_that_cannot_be_used_fails_its_items_and_not_the_worker(lab: Any) -> None:
-    lab.model("odd", parameters={"max_tokens": "many"})
+    lab.model("odd", parameters={"max_tokens": "many"}, tokens_per_minute=1000)
     lab.instance(cases=2, generator="odd", max_attempts=1, failure_threshold=1)
     run_id = lab.start()
     async with opened(lab, Calls()) as engine:
@@ -268,8 +303,8 @@ async def test_an_answer_that_is_nested_too_deep_fails_its_item_and_no_other(lab
 
 
 async def test_the_recorder_survives_errors_that_nobody_foresaw(lab: Any) -> None:
-    class Faulty(Database):
-        async def call(self, function: str, /, **arguments: object) -> list[dict[str, Any]]:
+    class Faulty(Line):
+        def call(self, function: str, /, **arguments: object) -> list[dict[str, Any]]:
             raise ZeroDivisionError
 
     lost: list[Any] = []
@@ -279,7 +314,7 @@ async def test_the_recorder_survives_errors_that_nobody_foresaw(lab: Any) -> Non
     outcome = {"run_id": 1, "kind": "note", "ordinal": 0, "attempt": 1, "result": "succeeded", "calls": []}
     for number in range(2):
         recorder.add(outcome, number)
-        await until(lambda expected=number + 1: len(lost) == expected, 2)
+        await until(lambda: lost and lost[-1][0] == number, 2)  # noqa: B023
         assert lost[-1][0] == number and isinstance(lost[-1][1], ZeroDivisionError)
     await recorder.close()
 

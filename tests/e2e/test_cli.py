@@ -430,6 +430,8 @@ def test_doctor_is_content_with_a_sound_database_and_misses_workers(small: tuple
         "python",
         "server",
         "schema",
+        "connections",
+        "listener",
         "role",
         "clock",
     }

@@ -15,7 +15,11 @@ HOME = {"HOME": "/nonexistent"}
 def test_without_anything_the_embedded_server_is_used_and_no_code_is_run() -> None:
     settings = Settings.from_env(HOME)
     assert settings == Settings(
-        database_url=None, cache_root=Path("/nonexistent/.cache/pgharness"), allows_code=False, stale_seconds=30
+        database_url=None,
+        cache_root=Path("/nonexistent/.cache/pgharness"),
+        allows_code=False,
+        stale_seconds=30,
+        listen_url=None,
     )
 
 
@@ -61,8 +65,23 @@ def test_seconds_are_numbers(value: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("", None),
+        ("off", "off"),
+        ("OFF", "off"),
+        ("postgresql://direct/x", "postgresql://direct/x"),
+        ("host=direct dbname=x", "host=direct dbname=x"),
+    ],
+)
+def test_new_work_is_heard_of_where_it_is_told_or_not_at_all(value: str, expected: str | None) -> None:
+    assert Settings.from_env(HOME | {"PGHARNESS_LISTEN_URL": value}).listen_url == expected
+
+
+@pytest.mark.parametrize(
     ("name", "value", "hint"),
     [
+        ("PGHARNESS_LISTEN_URL", "of", "or to off"),
         ("PGHARNESS_ALLOW_CODE", "maybe", "PGHARNESS_ALLOW_CODE=1"),
         ("PGHARNESS_STALE_SECONDS", "soon", "between 1 and 3600"),
         ("PGHARNESS_STALE_SECONDS", "0", "between 1 and 3600"),

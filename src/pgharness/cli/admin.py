@@ -21,6 +21,7 @@ from pgharness import __version__, database, schema
 from pgharness.cli.session import Session, print_json, session_of, shown, stdout
 from pgharness.embedded import find_bindir
 from pgharness.errors import DatabaseError, EmbeddedError, HarnessError, SchemaOutOfDate, SettingsError
+from pgharness.settings import LISTEN_OFF
 
 _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 _SKEW_SECONDS = 2.0
@@ -218,7 +219,7 @@ class Check(NamedTuple):
 def doctor(
     context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 ) -> None:
-    """Check server, schema, roles, clocks, model keys and workers, and say what to do; exit status 1 on an error.
+    """Check server, role, clocks, model keys, connections and workers, and say what to do; exit status 1 on an error.
 
     Example: pgharness doctor
     """
@@ -251,6 +252,7 @@ def _checks(session: Session) -> list[Check]:
                 return [*checks, Check("schema", "error", str(exc), exc.hint or "")]
             checks.append(Check("schema", "ok", "up to date"))
             checks += [_role(connection), _clock(connection), *_models(session, connection)]
+            checks += [_connections(connection), _listener(session, connection)]
             checks += [_workers(connection), *_stalled(connection)]
     except DatabaseError as exc:
         remedy = "Check that it runs, and --database-url or PGHARNESS_DATABASE_URL."
@@ -291,6 +293,33 @@ def _clock(connection: Connection[Any]) -> Check:
             "clock", "warning", f"the server's clock is {skew:+.1f} s from this host's", "Synchronise both with NTP."
         )
     return Check("clock", "ok", f"within {abs(skew):.2f} s of the server's")
+
+
+def _connections(connection: Connection[Any]) -> Check:
+    allowed, used = database.connection_room(connection)
+    need = database.WORKER_CONNECTIONS
+    found = f"{used} of {allowed} in use; a worker process takes up to {need}"
+    if allowed - used < need:
+        remedy = "Stop some, raise max_connections, or put a pooler in front: docs/capacity.md."
+        return Check("connections", "warning", found, remedy)
+    return Check("connections", "ok", found)
+
+
+def _listener(session: Session, connection: Connection[Any]) -> Check:
+    """Check how workers started here would hear of new work."""
+    chosen = session.settings.listen_url
+    polling = "workers ask for new work once a second"
+    if chosen == LISTEN_OFF:
+        return Check("listener", "ok", f"off: {polling}")
+    remedy = "export PGHARNESS_LISTEN_URL=... with a direct connection string of the same database, or off"
+    try:
+        if database.shares_servers(chosen or session.url):
+            return Check("listener", "warning", f"a pooler in transaction mode: {polling}", remedy)
+        if database.hears(chosen or session.url, connection):
+            return Check("listener", "ok", "workers hear of new work at once")
+    except HarnessError as exc:
+        return Check("listener", "warning", f"{' '.join(str(exc).split())}: {polling}", remedy)
+    return Check("listener", "warning", f"notifications do not arrive: {polling}", remedy)
 
 
 def _models(session: Session, connection: Connection[Any]) -> list[Check]:

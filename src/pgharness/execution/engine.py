@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pgharness.database import TRANSIENT, Database, Row
+from pgharness.database import TRANSIENT, Database, Line, Row
 from pgharness.errors import ModelError, RequestRejected
 from pgharness.execution.items import (
     CallRecord,
@@ -41,6 +41,7 @@ _SUSPECT_AFTER = 3  # a slice of one item that came back so often is run alone, 
 _CACHED_INPUTS = 2_000
 _CACHED_RUNS = 50
 _ROOM_SECONDS = 0.25  # so long the items that wait should last while the next slice is fetched
+_MOST_UNWRITTEN = 5_000  # outcomes: beyond that no call begins, for the database does not keep up
 _MOST_NEWS = 1_000  # items taken beyond that, so that a run which has just started need not wait for a big one
 
 
@@ -137,7 +138,7 @@ class Engine:
         self._free = concurrency
         self._limits = Limits(database, worker_id, self._fill_places)
         self._recorder = Recorder(
-            database,
+            Line(database.url, application_name="pgharness recorder"),
             worker_id,
             keeps_grades="note" in queues and "grade" in queues,
             on_written=self._on_written,
@@ -377,7 +378,7 @@ class Engine:
             except Exception as exc:  # whether they were given is not known: the next load of the slice will tell
                 logger.warning("items could not be shared: %s", exc)
             for item in items:
-                self._end(item, is_over=is_given)
+                self._end(item, is_over=is_given, is_made=False)
 
     # -- lines and places
 
@@ -440,12 +441,14 @@ class Engine:
 
     def _next_call(self) -> _Call | None:
         """Take the item that begins next from its line, with what it takes to call its model; None when none may."""
-        while self._waiting and not self._is_held and (found := self._next()) is not None:
+        if self._is_held or self._recorder.backlog > _MOST_UNWRITTEN:
+            return None
+        while self._waiting and (found := self._next()) is not None:
             run, line = found
             item = line.items.popleft()
             self._leave_line(run, line)
             if item.request is None and item.trouble is None:
-                self._prepare(run, item)
+                self._prepare(run, item, is_gated=line.gate is not None)
             request, item.request = item.request, None
             if request is None:
                 assert item.trouble is not None
@@ -479,7 +482,7 @@ class Engine:
                     continue
                 if line.gate is not None:
                     if item.request is None and item.trouble is None:
-                        self._prepare(run, item)
+                        self._prepare(run, item, is_gated=True)
                     line.gate.tokens = item.tokens
                     if not line.gate.admits():
                         continue
@@ -488,12 +491,13 @@ class Engine:
                 return run, best
         return None
 
-    def _prepare(self, run: _Run, item: Item) -> None:
+    def _prepare(self, run: _Run, item: Item, *, is_gated: bool) -> None:
         """Make what an item asks, or keep why it cannot be made."""
         try:
             run.definition.completer(item)
             request = run.definition.request(item)
-            item.tokens = estimated_tokens(request, item.spec)
+            if is_gated:
+                item.tokens = estimated_tokens(request, item.spec)
             item.request = request
         except Exception as exc:
             item.trouble = exc
@@ -605,7 +609,7 @@ class Engine:
         if item is not None:
             self._end(item, is_over=False)
 
-    def _end(self, item: Item, *, is_over: bool) -> None:
+    def _end(self, item: Item, *, is_over: bool, is_made: bool = True) -> None:
         """Take an item out of its slice: what became of it is durable, or else it goes back with the slice."""
         if item.slice is None:
             return
@@ -614,7 +618,7 @@ class Engine:
         twins, item.twins = item.twins, []
         _close(run, item, is_over)
         for twin in twins:
-            if is_over and item.tries >= twin.tries:  # the same try, or a later one
+            if is_over and is_made and item.tries >= twin.tries:  # the same try, or a later one
                 _close(run, twin, True)
             else:
                 self._enqueue(run, twin)

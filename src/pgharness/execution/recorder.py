@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +15,13 @@ from typing import Any
 
 import orjson
 
-from pgharness.database import TRANSIENT, Database, Row
+from pgharness.database import TRANSIENT, Line, Row
 from pgharness.errors import HarnessError, RequestRejected
 from pgharness.execution.items import failure_fields
 
 logger = logging.getLogger(__name__)
 _LINGER_SECONDS = 0.005
-_BATCH_ITEMS = 500
+_BATCH_ITEMS = 2_000
 _BATCH_BYTES = 8_000_000
 _LAST_WRITES_SECONDS = 20.0
 _REFUSALS = ("22", "23", "54", "PH")  # SQLSTATE classes: bad value, constraint, too large or deep, our own words
@@ -29,36 +30,46 @@ _REFUSALS = ("22", "23", "54", "PH")  # SQLSTATE classes: bad value, constraint,
 class Recorder:
     """Writes outcomes, and says of each when it is committed.
 
-    An outcome that the database refuses is written as a failure of its item, so that one bad value never holds up the
-    others. `on_written` hears of a group: its outcomes, each with what it was added with, what the database answered
-    (the state of each run), and whether the group may have been written before without our hearing of it.
+    It has a thread and a connection of its own, so that a busy event loop does not hold up the database, nor the
+    database the loop. An outcome that the database refuses is written as a failure of its item, so that one bad value
+    never holds up the others.
+
+    Called in the loop, `on_written` hears of a group: its outcomes, each with what it was added with, what the database
+    answered (the state of each run), and whether the group may have been written before without our hearing of it;
     `on_lost` hears of an outcome that will never be written, and why.
     """
 
     def __init__(
         self,
-        database: Database,
+        line: Line,
         worker_id: int,
         *,
         keeps_grades: bool,
         on_written: Callable[[Sequence[tuple[Row, Any]], Sequence[Row], bool], None],
         on_lost: Callable[[Any, Exception], None],
     ) -> None:
-        self._database = database
+        self._line = line
         self._worker_id = worker_id
         self._keeps_grades = keeps_grades
         self._on_written = on_written
         self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
         self._queue: deque[_Entry] = deque()
-        self._wake = asyncio.Event()
+        self._wake = threading.Event()
         self._is_closing = False
         self._deadline: float | None = None
-        self._task = asyncio.create_task(self._run())
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self._thread.start()
 
     def add(self, outcome: Row, token: Any = None) -> None:
         """Take an outcome to be written soon, for whom the token stands."""
         self._queue.append(_Entry(outcome, token))
         self._wake.set()
+
+    @property
+    def backlog(self) -> int:
+        """How many outcomes wait to be written."""
+        return len(self._queue)
 
     def hurry(self) -> None:
         """From now on, give up on a database that stays away."""
@@ -69,13 +80,13 @@ class Recorder:
         self.hurry()
         self._is_closing = True
         self._wake.set()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await asyncio.to_thread(self._thread.join, 2 * _LAST_WRITES_SECONDS)
 
-    async def _run(self) -> None:
-        while not (self._is_closing and not self._queue):
-            await self._wake.wait()
-            await asyncio.sleep(_LINGER_SECONDS)
+    def _run(self) -> None:
+        while self._queue or not self._is_closing:
+            self._wake.wait()
+            self._wake.clear()
+            time.sleep(_LINGER_SECONDS)
             while self._queue:
                 batch: list[_Entry] = []
                 size = 0
@@ -83,20 +94,18 @@ class Recorder:
                     batch.append(self._queue.popleft())
                     size += len(batch[-1].text)
                 try:
-                    await self._write(batch)
+                    self._write(batch)
                 except Exception as exc:  # whatever it is, those who wait are told, and the recorder lives on
                     logger.exception("%s outcomes could not be written", len(batch))
                     self._lose(batch, exc)
-            self._wake.clear()
-            if self._is_closing:
-                self._wake.set()
+        self._line.close()
 
-    async def _write(self, batch: list[_Entry]) -> None:
+    def _write(self, batch: list[_Entry]) -> None:
         delay = 0.1
         is_repeated = False
         while True:
             try:
-                states = await self._database.call(
+                states = self._line.call(
                     "record_outcomes",
                     worker_id=self._worker_id,
                     outcomes=(b"[" + b",".join([entry.text for entry in batch]) + b"]").decode(),
@@ -105,7 +114,7 @@ class Recorder:
                 break
             except Exception as exc:
                 if _is_refusal(exc):
-                    await self._write_singly(batch, exc)
+                    self._write_singly(batch, exc)
                     return
                 if self._deadline and time.monotonic() > self._deadline:
                     logger.error("%s outcomes could not be written: %s", len(batch), exc)
@@ -113,25 +122,29 @@ class Recorder:
                     return
                 logger.warning("the database did not take %s outcomes, which are kept: %s", len(batch), exc)
                 is_repeated = True
-                await asyncio.sleep(delay * (0.5 + random.random()))
+                time.sleep(delay * (0.5 + random.random()))
                 delay = min(delay * 2, 5.0)
-        self._on_written([(entry.outcome, entry.token) for entry in batch], states, is_repeated)
+        self._tell(self._on_written, [(entry.outcome, entry.token) for entry in batch], states, is_repeated)
 
-    async def _write_singly(self, batch: list[_Entry], error: Exception) -> None:
+    def _write_singly(self, batch: list[_Entry], error: Exception) -> None:
         if len(batch) > 1:
             for entry in batch:
-                await self._write([entry])
+                self._write([entry])
             return
         entry = batch[0]
         logger.error("an outcome of run %s was refused: %s", entry.outcome["run_id"], error)
         if (refused := _refused(entry.outcome, error)) is None:
             self._lose(batch, error)
         else:
-            await self._write([_Entry(refused, entry.token)])
+            self._write([_Entry(refused, entry.token)])
 
     def _lose(self, batch: list[_Entry], error: Exception) -> None:
         for entry in batch:
-            self._on_lost(entry.token, error)
+            self._tell(self._on_lost, entry.token, error)
+
+    def _tell(self, hear: Callable[..., None], *told: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody listens any more
+            self._loop.call_soon_threadsafe(hear, *told)
 
 
 def _is_refusal(error: Exception) -> bool:
