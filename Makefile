@@ -24,6 +24,7 @@ demo: $(STAMP)  ## run a small experiment on simulated models and show its resul
 test: $(STAMP)  ## run the tests (a private Postgres is started for them)
 	@$(BIN)/python -m pytest -n auto --ignore=tests/crash --ignore=tests/chaos
 	@$(BIN)/python -m pytest tests/crash
+	@$(BIN)/python -m pytest tests/chaos
 
 check: $(STAMP)  ## formatting, lint, types, SQL lint
 	@$(BIN)/ruff format --check .

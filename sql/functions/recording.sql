@@ -11,6 +11,7 @@ declare
     v_definition run_definitions;
     v_mine       outcome[];
     v_notes      bigint[];
+    v_queued     bigint[];
     v_grades     bigint[];
     v_failed     failures[];
 begin
@@ -19,6 +20,7 @@ begin
         select * into strict v_definition from run_definitions as d where d.run_id = v_run.id;
         v_mine := array(select o from unnest(v_outcomes) as o where o.run_id = v_run.id);
         v_notes := '{}';
+        v_queued := '{}';
         perform _record_calls(record_outcomes.worker_id, v_run.id, v_mine);
         -- a call that was aborted killed nobody
         update failures as f set crashes = f.crashes - 1
@@ -29,9 +31,16 @@ begin
             v_failed := _record_failures(v_definition, v_mine);
             delete from failures as f where f.run_id = v_run.id and f.kind = 'note' and f.ordinal = any (v_notes);
             delete from failures as f where f.run_id = v_run.id and f.kind = 'grade' and f.ordinal = any (v_grades);
-            perform _advance_run(v_run.id, v_definition, v_notes, v_grades, v_failed, v_keeps);
+            if not v_keeps then
+                v_queued := v_notes;
+            elsif exists (select from unnest(v_mine) as o where o.epoch < v_run.epoch) then
+                -- made for a slice that nobody waits for any more: whoever is handed the note's new slice finds it done, and its grades not his
+                v_queued := array(select n from unnest(v_notes) as n join unnest(v_mine) as o on o.kind = 'note' and o.ordinal = n and o.epoch < v_run.epoch);
+            end if;
+            perform _advance_run(v_run.id, v_definition, v_notes, v_queued, v_grades, v_failed);
         end if;
-        return query select r.id, r.status, r.epoch, r.priority, case when v_keeps then v_notes end from runs as r where r.id = v_run.id;
+        return query select r.id, r.status, r.epoch, r.priority, case when v_keeps then array(select n from unnest(v_notes) as n except select n from unnest(v_queued) as n) end
+          from runs as r where r.id = v_run.id;
     end loop;
 end;
 $$;
@@ -188,7 +197,7 @@ comment on function pgharness._record_calls(bigint, bigint, pgharness.outcome[])
 'Store every call of a run''s outcomes, whatever became of its item, and add its cost to the run.';
 
 create or replace function pgharness._advance_run(
-    run_id bigint, definition pgharness.run_definitions, notes bigint[], grades bigint[], failed pgharness.failures[], keeps_grades boolean
+    run_id bigint, definition pgharness.run_definitions, notes bigint[], queued bigint[], grades bigint[], failed pgharness.failures[]
 ) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
@@ -208,10 +217,10 @@ begin
               from unnest(failed) as f where f.status = 'failed') as count
      where r.id = _advance_run.run_id returning r.* into v_run;
     if v_run.status = 'running' then                    -- a paused run queues these when it resumes
-        if not _advance_run.keeps_grades and cardinality(_advance_run.notes) > 0 then
+        if cardinality(_advance_run.queued) > 0 then
             perform _defer_list(v_run.id, 'grade', array(
                 select o * (definition).grade_stride + k
-                  from unnest(_advance_run.notes) as o
+                  from unnest(_advance_run.queued) as o
                   join run_combinations as c on c.run_id = v_run.id and c.number = o % (definition).combination_count
                  cross join lateral generate_series(0, c.grades_per_note - 1) as k
                  order by 1), _slice_size(v_run.grade_count, _item_seconds(v_run.id, 'grade')));
@@ -226,8 +235,8 @@ begin
     perform _settle_run(v_run.id);
 end;
 $$;
-comment on function pgharness._advance_run(bigint, pgharness.run_definitions, bigint[], bigint[], pgharness.failures[], boolean) is
-'Move a run''s counters, queue the grades of its new notes, unless their worker keeps them, and its next tries, and end it when all is done. The caller holds the run''s row lock.';
+comment on function pgharness._advance_run(bigint, pgharness.run_definitions, bigint[], bigint[], bigint[], pgharness.failures[]) is
+'Move a run''s counters, queue the grades of those of its new notes whose worker does not keep them, and its next tries, and end it when all is done. The caller holds the run''s row lock.';
 
 create or replace function pgharness.charge_crash(run_id bigint, kind text, ordinal bigint) returns integer
     language plpgsql volatile security definer set search_path = pgharness, pg_temp

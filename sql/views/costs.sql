@@ -50,10 +50,17 @@ select m.id as model_id, m.name as model, m.provider, coalesce(c.run_count, 0) a
                     max(each.last_used_at) as last_used_at
                from (select c.model_id, count(*) as call_count, sum(c.input_tokens) as input_tokens, sum(c.output_tokens) as output_tokens,
                             sum(c.cached_tokens) as cached_tokens, sum(c.cost_usd) as cost_usd, max(c.started_at) as last_used_at
-                       from pgharness.calls as c group by c.model_id, c.run_id) as each
+                       from pgharness.calls as c group by c.model_id, c.run_id
+                     union all
+                     select k.model_id, sum(k.call_count), sum(k.input_tokens), sum(k.output_tokens), sum(k.cached_tokens), sum(k.cost_usd), max(k.last_used_at)
+                       from pgharness.runs as r
+                       join pgharness.archives as a on a.run_id = r.id
+                      cross join lateral jsonb_to_recordset(a.costs) as k (model_id bigint, call_count bigint, input_tokens bigint, output_tokens bigint,
+                                                                           cached_tokens bigint, cost_usd numeric, last_used_at timestamptz)
+                      where r.archived_at is not null group by k.model_id, r.id) as each
               group by each.model_id) as c on c.model_id = m.id;
 comment on view pgharness.cost_by_model is
-'One row per model, used or not: its calls, tokens and cost over all runs. Example: select model, cost_usd from pgharness.cost_by_model order by cost_usd desc;';
+'One row per model, used or not: its calls, tokens and cost over all runs, archived ones included. Example: select model, cost_usd from pgharness.cost_by_model order by cost_usd desc;';
 comment on column pgharness.cost_by_model.run_count is 'Runs that called it.';
 comment on column pgharness.cost_by_model.call_count is 'Requests that ended, whatever their outcome.';
 comment on column pgharness.cost_by_model.cached_tokens is 'The part of input_tokens that the provider served from its cache.';

@@ -16,7 +16,6 @@ from typing import Any
 import psycopg
 from hosts import Host
 
-WORKER_CONNECTIONS = 5
 LONG_SHARE = 0.6  # of the storm: a process that lived so long is judged
 SAMPLES_NEEDED = 12
 _TOLERANCE, _TOLERANCE_MIB, _TOLERANCE_FILES = 1.15, 10.0, 8

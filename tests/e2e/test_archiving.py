@@ -249,7 +249,7 @@ def test_refusals_say_what_to_do(live: Database, url: str, tmp_path: Path) -> No
         (("archive", "trial/1", *out), ("is archived already", done.path.name, "archived_runs")),
         (("unarchive", str(tmp_path / "missing.zip")), ("missing.zip", "Check the path")),
     ):
-        text = line.call(*arguments, status=1).err
+        text = line.call(*arguments, status=1).err.replace("\n", "")  # a narrow terminal breaks a long path
         assert all(part in text for part in said), text
     assert files(tmp_path) == [done.path.name]
     with pytest.raises(NotFound):

@@ -188,7 +188,9 @@ def test_detaching_takes_the_bulk_and_leaves_what_the_run_was(story: Story) -> N
     failed = rows(db, "select * from pgharness.failed_items where run_id = %s order by kind, ordinal", run)
     scores = rows(db, "select combination, mean_score from pgharness.combination_scores where run_id = %s", run)
     spent = rows(db, "select kind, sum(cost_usd) as cost_usd from pgharness.calls where run_id = %s group by kind", run)
+    by_model = rows(db, "select * from pgharness.cost_by_model order by model_id")
     detach(db, run)
+    assert rows(db, "select * from pgharness.cost_by_model order by model_id") == by_model, "money spent stays spent"
     left = {table: len(found) for table, found in kept(db, run).items()}
     assert left == {"notes": 0, "grades": 0, "calls": 0, "results": 0, "logs": 1}  # the log says that it was archived
     assert rows(db, "select * from pgharness.run_progress where run_id = %s", run) == progress

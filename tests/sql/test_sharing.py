@@ -182,6 +182,16 @@ def test_grades_go_to_workers_for_grades_where_there_are_some(tx: Database) -> N
     assert waiting(tx, "grade") == [0]
 
 
+def test_a_note_that_was_under_way_when_its_run_was_queued_anew_has_its_grades_queued(tx: Database) -> None:
+    add_instance(tx, cases=4, rubrics_per_case=1)
+    run, worker = start(tx), register(tx)
+    for action in ("pause_run", "resume_run"):
+        tx.execute(f"select pgharness.{action}(%s)".encode(), (run,))
+    state = keep(tx, worker, note(run, 0, epoch=0), note(run, 1, epoch=1))
+    assert state["kept_notes"] == [1], "nobody else would make the grades of the other: its new slice finds it done"
+    assert waiting(tx, "grade") == [0]
+
+
 # -- work that is given back
 
 

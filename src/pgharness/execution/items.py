@@ -175,6 +175,7 @@ class Item:
             "kind": self.kind,
             "ordinal": self.ordinal,
             "attempt": self.tries + 1,
+            "epoch": self.slice.work.epoch,
             "result": result,
             "calls": calls,
         }
