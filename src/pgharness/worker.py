@@ -162,7 +162,8 @@ class _Process:
         self._is_forgotten = False
 
     async def run(self, queues: Sequence[str]) -> None:
-        tasks = [asyncio.create_task(self._keep_beating()), asyncio.create_task(self._keep_sweeping())]
+        keepers = (self._keep_beating(), self._keep_sweeping(), self._keep_watching())
+        tasks = [asyncio.create_task(keeper) for keeper in keepers]
         try:
             await self._queue.run(queues)
         finally:
@@ -205,7 +206,6 @@ class _Process:
             try:
                 await self.beat("draining" if self._queue.is_stopping else "running")
                 last, self._beat_at = self._beat_at, time.monotonic()
-                self._engine.hold(is_held=False)
                 if self._beat_at - last > self._stale_seconds * 0.6:
                     # the database was away, for others too: nobody counts as lost before they could show life
                     self._sweep_at = self._beat_at + self._stale_seconds
@@ -215,7 +215,12 @@ class _Process:
                 return
             except Exception as exc:  # whatever it is: without a heartbeat this worker would count as lost
                 logger.log(logging.WARNING if isinstance(exc, TRANSIENT) else logging.ERROR, "no heartbeat: %s", exc)
-                self._engine.hold(is_held=time.monotonic() - self._beat_at > self._stale_seconds)
+            await asyncio.sleep(min(_HEARTBEAT_SECONDS, self._stale_seconds / 10))
+
+    async def _keep_watching(self) -> None:
+        """Begin no calls while the last heartbeat is so old that others make our items; one may hang, so beside it."""
+        while True:
+            self._engine.hold(is_held=time.monotonic() - self._beat_at > self._stale_seconds)
             await asyncio.sleep(min(_HEARTBEAT_SECONDS, self._stale_seconds / 10))
 
     async def _keep_sweeping(self) -> None:
