@@ -33,9 +33,9 @@ begin
             delete from failures as f where f.run_id = v_run.id and f.kind = 'grade' and f.ordinal = any (v_grades);
             if not v_keeps then
                 v_queued := v_notes;
-            elsif exists (select from unnest(v_mine) as o where o.epoch < v_run.epoch) then
+            elsif exists (select from unnest(v_mine) as o where o.epoch < v_run.epoch and o.result = 'succeeded') then
                 -- made for a slice that nobody waits for any more: whoever is handed the note's new slice finds it done, and its grades not his
-                v_queued := array(select n from unnest(v_notes) as n join unnest(v_mine) as o on o.kind = 'note' and o.ordinal = n and o.epoch < v_run.epoch);
+                v_queued := array(select n from unnest(v_notes) as n join unnest(v_mine) as o on o.kind = 'note' and o.ordinal = n and o.result = 'succeeded' and o.epoch < v_run.epoch);
             end if;
             perform _advance_run(v_run.id, v_definition, v_notes, v_queued, v_grades, v_failed);
         end if;

@@ -414,7 +414,7 @@ begin
      where r.id = v_run.id;
     if adjust_run.priority <> v_run.priority and _queue_exists() then
         update procrastinate.procrastinate_jobs as j set priority = j.priority + (adjust_run.priority - v_run.priority) * 1000000
-         where j.status = 'todo' and j.task_name = 'pgharness.slice' and (j.args ->> 'run_id')::bigint = v_run.id;
+         where j.status in ('todo', 'doing') and j.task_name = 'pgharness.slice' and (j.args ->> 'run_id')::bigint = v_run.id;
     end if;
     return _receipt(v_run.id);
 end;

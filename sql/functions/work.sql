@@ -51,7 +51,8 @@ begin
     -- just before the turn that the others have reached
     v_top := v_run.priority * 1000000;
     v_turn := coalesce((select (v_top - j.priority) / 2 from procrastinate_jobs as j
-                         where j.status = 'todo' and j.priority between v_top - 999999 and v_top order by j.priority desc limit 1), 100);
+                         where j.status = 'todo' and (j.scheduled_at is null or j.scheduled_at <= clock())
+                           and j.priority between v_top - 999999 and v_top order by j.priority desc limit 1), 100);
     v_turn := greatest(v_turn - _defer.comes_anew::integer, 0);
     perform procrastinate_defer_jobs_v1(array(
         select row(_defer.kind, 'pgharness.slice', v_top - 2 * least(v_turn + part.items_before / 64, 499999)::integer - (_defer.kind = 'note')::integer, null, null,

@@ -75,6 +75,12 @@ begin
     if not _queue_exists() then
         return false;
     end if;
+    -- locked, so that its work is not queued anew meanwhile
+    perform from runs as r join procrastinate.procrastinate_jobs as j on (j.args ->> 'run_id')::bigint = r.id
+      where j.id = share_slice.job_id and r.status = 'running' and r.epoch = (j.args ->> 'epoch')::integer for share of r;
+    if not found then
+        return false;
+    end if;
     update procrastinate.procrastinate_jobs as j
        set args = (j.args - '{first,last}'::text[])
                   || jsonb_build_object('ordinals', to_jsonb(array(select o from unnest(_ordinals(j.args)) as o where o <> all (share_slice.ordinals) order by o)))

@@ -227,6 +227,7 @@ class Engine:
             run.gate.waiting = 0
         run.gate = self._limits.of_run(run.run_id) if max_concurrency is not None else None
         if run.gate is not None:
+            run.gate.close()
             run.gate.waiting = run.waiting  # calls in flight do not count: a new cap holds when they have ended
 
     def hold(self, *, is_held: bool) -> None:
@@ -293,11 +294,11 @@ class Engine:
             row = (await self._persist("load_run", run_id=run_id))[0]["load_run"]
             if row is None:
                 return None
-            run = _Run(run_id, Definition(row, self._gateway), row["priority"])
-            self._cap(run, row["max_concurrency"])
             # another slice may have loaded it meanwhile; there must be one, or its state would not reach all tasks
-            self._runs.setdefault(run_id, run)
-            idle = [run for run in self._runs.values() if not run.slices and not run.items and run.run_id != run_id]
+            if run_id not in self._runs:
+                self._runs[run_id] = _Run(run_id, Definition(row, self._gateway), row["priority"])
+                self._cap(self._runs[run_id], row["max_concurrency"])
+            idle = [old for old in self._runs.values() if not old.slices and not old.items and old.run_id != run_id]
             for old in idle[: max(len(self._runs) - _CACHED_RUNS, 0)]:
                 del self._runs[old.run_id]
         return self._runs[run_id]
@@ -367,6 +368,10 @@ class Engine:
                     given.setdefault(item.slice, []).append(item)
         for opened, items in given.items():
             is_given = False
+            if self.is_draining:
+                for item in items:
+                    self._end(item, is_over=False)
+                continue
             try:
                 answer = await self._database.call(
                     "share_slice",
@@ -588,6 +593,10 @@ class Engine:
                 continue
             if item.kind == "note" and outcome["result"] == "succeeded":
                 notes = kept.get(item.run_id)
+                if is_repeated and notes is None:
+                    # whether its grades were queued when it was written first is not known: the slice comes back
+                    self._end(item, is_over=False)
+                    continue
                 # of a group that may have been written before, which notes were new then is not known any more
                 if notes is not None and (is_repeated or item.ordinal in notes):
                     item.note = outcome["output"]

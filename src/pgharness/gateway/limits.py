@@ -66,7 +66,7 @@ class Limits:
             await self._database.call("block_model", model_id=model_id, seconds=seconds)
 
     async def close(self) -> None:
-        await asyncio.gather(*self._reports, *(gate.close() for gate in self._gates.values()))
+        await asyncio.gather(*self._reports, *(gate.end() for gate in self._gates.values()))
 
 
 class Gate:
@@ -181,7 +181,11 @@ class Gate:
                 self._permit_tokens = cost / self._permits
             self._wait_seconds = max(taken[0]["wait_seconds"], 0.01)
 
-    async def close(self) -> None:
+    def close(self) -> None:
+        """Admit nobody until the next answer: what was granted for other terms does not count."""
+        self._granted = 0
+
+    async def end(self) -> None:
         if self._negotiation is not None:
             self._negotiation.cancel()
             with contextlib.suppress(asyncio.CancelledError):
