@@ -43,7 +43,7 @@ begin
     end loop;
     revoke execute on function
         pgharness.load_run(bigint), pgharness.load_inputs(bigint, bigint[], bigint[], bigint[]),
-        pgharness.load_slice(bigint, jsonb), pgharness.next_run(text[]),
+        pgharness.load_slice(bigint, jsonb), pgharness.next_run(text[]), pgharness.take_job(text[], bigint, bigint[]),
         pgharness.record_outcomes(bigint, jsonb, boolean), pgharness.charge_crash(bigint, text, bigint),
         pgharness.register_worker(text, integer, text, text[], integer, jsonb), pgharness.attach_queue_worker(bigint, bigint),
         pgharness.heartbeat(bigint, jsonb, text, bigint[], bigint[], integer), pgharness.share_slice(bigint, bigint, bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),
@@ -63,7 +63,7 @@ begin
     grant execute on all functions in schema procrastinate to pgharness_worker;
     grant execute on function
         pgharness.load_run(bigint), pgharness.load_inputs(bigint, bigint[], bigint[], bigint[]),
-        pgharness.load_slice(bigint, jsonb), pgharness.next_run(text[]),
+        pgharness.load_slice(bigint, jsonb), pgharness.next_run(text[]), pgharness.take_job(text[], bigint, bigint[]),
         pgharness.record_outcomes(bigint, jsonb, boolean), pgharness.charge_crash(bigint, text, bigint),
         pgharness.register_worker(text, integer, text, text[], integer, jsonb), pgharness.attach_queue_worker(bigint, bigint),
         pgharness.heartbeat(bigint, jsonb, text, bigint[], bigint[], integer), pgharness.share_slice(bigint, bigint, bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),

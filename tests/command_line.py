@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -49,7 +51,9 @@ class CommandLine:
         """Start a command and return its process."""
         command = [sys.executable, "-m", "pgharness", *arguments]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, env=self.environment, text=True, **pipes | streams)
+        # a suite that runs in the background of a shell ignores Ctrl-C, and so would what it starts
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(command, env=self.environment, text=True, preexec_fn=heed, **pipes | streams)
 
     def run(self, *arguments: str, status: int | None = 0, timeout: float = 60) -> Done:
         """Run a command to its end, as a process."""

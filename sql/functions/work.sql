@@ -99,6 +99,24 @@ $$;
 comment on function pgharness.next_run(text[]) is
 'For workers: the run whose turn it is in the queue, so that one that has its hands full can see whether it is of a run that it has nothing of. Null when nothing waits. Example: select pgharness.next_run(''{note,grade}'');';
 
+create or replace function pgharness.take_job(queues text[], queue_worker_id bigint, except_runs bigint[])
+    returns table (id bigint, status text, task_name text, priority integer, lock text, queueing_lock text, args jsonb,
+                   scheduled_at timestamptz, queue_name text, attempts integer, worker_id bigint)
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+begin
+    return query
+    update procrastinate.procrastinate_jobs as j set status = 'doing', worker_id = take_job.queue_worker_id
+     where j.id = (select w.id from procrastinate.procrastinate_jobs as w
+                    where w.status = 'todo' and w.queue_name = any (take_job.queues) and (w.scheduled_at is null or w.scheduled_at <= clock())
+                      and (w.args ->> 'run_id')::bigint <> all (take_job.except_runs)
+                    order by w.priority desc, w.id limit 1 for update skip locked)
+    returning j.id, j.status::text, j.task_name::text, j.priority, j.lock, j.queueing_lock, j.args, j.scheduled_at, j.queue_name::text, j.attempts, j.worker_id;
+end;
+$$;
+comment on function pgharness.take_job(text[], bigint, bigint[]) is
+'For workers: take the job whose turn it is, as the queue''s own fetch does, but none of some runs of which the worker has enough. No row when nothing waits. Example: select * from pgharness.take_job(''{note,grade}'', 5, ''{}'');';
+
 create or replace function pgharness._drop_jobs(run_id bigint) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$

@@ -89,7 +89,13 @@ class _Jobs(JobManager):
                 await asyncio.sleep(_PEEKING_SECONDS)
             if self._queue.is_stopping:
                 return None
-            return await super().fetch_job(queues, worker_id)
+            row = await self._queue.database.call(
+                "take_job",
+                queues=list(queues or QUEUES),
+                queue_worker_id=worker_id,
+                except_runs=self._queue.engine.sated_runs,
+            )
+            return Job.from_row(row[0]) if row else None
         except (queue_errors.ConnectorException, *TRANSIENT) as exc:
             logger.warning("no job could be fetched: %s", _reason(exc))
             await asyncio.sleep(0.5 * (0.5 + random.random()))

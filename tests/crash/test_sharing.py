@@ -112,3 +112,18 @@ def test_the_grades_that_a_killed_worker_kept_are_made_by_another(lab: Any) -> N
     lab.assert_complete(run_id)
     other.signal(signal.SIGTERM)
     assert other.wait() == 0
+
+
+def test_a_run_that_may_make_few_calls_keeps_no_other_from_its_worker(lab: Any) -> None:
+    lab.simulator("narrow", latency_seconds=0.05, max_concurrency=1)
+    lab.simulator("wide", latency_seconds=0.05)
+    lab.instance("slow", cases=100, generator="narrow", note_replications=20)
+    lab.instance("capped", cases=100, generator="wide", note_replications=20)
+    lab.instance("quick", cases=100, generator="wide", note_replications=4)
+    group = lab.workers(concurrency=20)
+    lab.start("slow", priority=1)
+    lab.start("capped", max_concurrency=1)
+    lab.wait(lambda: lab.value("select count(*) from pgharness.notes") > 20, "both go on", group=group)
+    quick = lab.start("quick")
+    lab.wait_for_end(quick)
+    assert seconds_of(lab, quick) < 10, "alone, it takes a little over one second"

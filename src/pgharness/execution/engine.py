@@ -174,7 +174,12 @@ class Engine:
     @property
     def spare(self) -> int:
         """How many calls could begin if there were items for them."""
-        return 0 if self.is_draining or self._waiting or self._loading else self._free
+        return 0 if self.is_draining or self._loading else max(self._free - self._ready(), 0)
+
+    @property
+    def sated_runs(self) -> list[int]:
+        """Ids of the runs of which a worker's fill waits here: more of them would only be kept from other workers."""
+        return [run.run_id for run in self._runs.values() if run.waiting >= self._enough()]
 
     async def wait_for_room(self) -> bool:
         """Wait until another slice is welcome: a worker takes no more work than it can start soon.
@@ -657,8 +662,21 @@ class Engine:
             self._started.popleft()
         return max(self.concurrency, len(self._started))
 
+    def _ready(self) -> int:
+        """How many items wait for nothing but a place: what waits at a gate must not keep other runs away."""
+        count = 0
+        for run in self._runs.values():
+            if run.waiting:
+                ready = sum(
+                    len(line.items) if line.gate is None else min(len(line.items), line.gate.room)
+                    for line in run.lines.values()
+                )
+                count += ready if run.gate is None else min(ready, run.gate.room)
+        return count
+
     def _needs_more(self) -> bool:
-        return self._waiting < self.concurrency or self._waiting < self._enough()
+        ready = self._ready()
+        return ready < self.concurrency or ready < self._enough()
 
     def _is_short_of(self, run_id: int) -> bool:
         """Tell whether less of a run waits here than its share of the places, which those below it have no part in."""

@@ -107,6 +107,14 @@ class Gate:
             self._wake.set()
         return is_open
 
+    @property
+    def room(self) -> int:
+        """How many calls may begin, of those that wait; at least one while that is not known."""
+        if self.blocked_until and time.monotonic() < self.blocked_until:
+            return 0
+        free = self.waiting if self._granted is None else max(self._granted - self._in_use, 0)
+        return min(self.waiting, free if self._permits is None else min(free, max(self._permits, 1)))
+
     def enter(self) -> float:
         """Begin a call; return the tokens that it is charged."""
         self._in_use += 1
