@@ -89,11 +89,10 @@ class _Jobs(JobManager):
                 await asyncio.sleep(_PEEKING_SECONDS)
             if self._queue.is_stopping:
                 return None
+            if not (sated_runs := self._queue.engine.sated_runs):
+                return await super().fetch_job(queues, worker_id)
             row = await self._queue.database.call(
-                "take_job",
-                queues=list(queues or QUEUES),
-                queue_worker_id=worker_id,
-                except_runs=self._queue.engine.sated_runs,
+                "take_job", queues=list(queues or QUEUES), queue_worker_id=worker_id, except_runs=sated_runs
             )
             return Job.from_row(row[0]) if row else None
         except (queue_errors.ConnectorException, *TRANSIENT) as exc:
