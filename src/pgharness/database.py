@@ -233,9 +233,16 @@ class Database:
 
     async def call(self, function: str, /, **args: object) -> list[Row]:
         """Run one pgharness function with named arguments and return its rows; a dict is sent as jsonb."""
+        return await self.call_within(None, function, **args)
+
+    async def call_within(self, seconds: float | None, function: str, /, **args: object) -> list[Row]:
+        """Do as `call`, but raise a TRANSIENT error when no connection is free in so many seconds."""
         query, values = _call(function, args)
         with translated_errors():
-            async with self.pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
+            async with (
+                self.pool.connection(timeout=seconds) as connection,
+                connection.cursor(row_factory=dict_row) as cursor,
+            ):
                 await cursor.execute(query, values)
                 return await cursor.fetchall()
 

@@ -227,10 +227,15 @@ class _Process:
         """Put back what other workers left, every few seconds; beside the heartbeat, for it may take long."""
         while True:
             await asyncio.sleep(min(_HEARTBEAT_SECONDS, self._stale_seconds / 10))
-            if time.monotonic() < self._sweep_at:
+            # not while our own signs of life fail, and not by a call that waited for the database to be back: it would
+            # come before the others', who were silent because nobody was there to hear them
+            is_heard = time.monotonic() - self._beat_at <= self._stale_seconds * 0.6
+            if not is_heard or time.monotonic() < self._sweep_at:
                 continue
             try:
-                swept = await self._pool.call("sweep", stale_after=f"{self._stale_seconds} seconds")
+                swept = await self._pool.call_within(
+                    self._stale_seconds * 0.3, "sweep", stale_after=f"{self._stale_seconds} seconds"
+                )
                 if swept[0]["sweep"]:
                     logger.warning("%s slices of lost workers were queued again", swept[0]["sweep"])
             except Exception as exc:  # whatever it is: the next sweep may succeed

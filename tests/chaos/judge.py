@@ -10,8 +10,9 @@ from typing import Any
 import psycopg
 from hosts import Host
 from load import Conductor, Row
-from watch import WORKER_CONNECTIONS, worker_connections
+from watch import worker_connections
 
+from pgharness.database import WORKER_CONNECTIONS
 from world import orphans
 
 _RUNS = """

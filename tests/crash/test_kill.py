@@ -126,7 +126,7 @@ def test_losing_the_whole_queue_loses_no_result(lab: Any, stub: Any) -> None:
     assert group.wait() == 0
 
 
-def test_a_database_that_is_away_for_a_while_makes_hardly_a_call_run_twice(
+def test_a_database_that_is_away_for_a_while_makes_no_call_run_twice(
     server: EmbeddedPostgres, stub: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Longer than a worker may be silent: nobody is lost who had nobody to talk to."""
@@ -147,5 +147,4 @@ def test_a_database_that_is_away_for_a_while_makes_hardly_a_call_run_twice(
     assert server.ensure() == url
     lab.wait_for_end(run_id)
     lab.assert_complete(run_id)
-    # a pool may try again later than another worker's sweep, by a second or so: with so short a patience, an item or two
-    assert len(stub.requests) <= 42
+    assert len(stub.requests) == 40
