@@ -413,8 +413,11 @@ begin
            max_concurrency = case when adjust_run.max_concurrency = 0 then null else coalesce(adjust_run.max_concurrency, r.max_concurrency) end
      where r.id = v_run.id;
     if adjust_run.priority <> v_run.priority and _queue_exists() then
+        -- a job that somebody holds ends, or is being put back and waits for our lock of the run: no need to wait for it, and so for each other
         update procrastinate.procrastinate_jobs as j set priority = j.priority + (adjust_run.priority - v_run.priority) * 1000000
-         where j.status in ('todo', 'doing') and j.task_name = 'pgharness.slice' and (j.args ->> 'run_id')::bigint = v_run.id;
+         where j.id = any (array(select w.id from procrastinate.procrastinate_jobs as w
+                                  where w.status in ('todo', 'doing') and w.task_name = 'pgharness.slice' and (w.args ->> 'run_id')::bigint = v_run.id
+                                    for update skip locked));
     end if;
     return _receipt(v_run.id);
 end;

@@ -393,6 +393,22 @@ def test_a_sweep_puts_nothing_back_that_has_ended_meanwhile(scene: Scene, action
     assert scene.is_consistent()
 
 
+def test_a_sweep_and_a_change_of_priority_do_not_wait_for_each_other(scene: Scene) -> None:
+    run, _ = left_behind(scene.watcher)
+    # a sweep takes jobs, and then waits for runs
+    assert scene.ann.does(
+        scene.ann.ask("select from procrastinate.procrastinate_jobs where status = 'doing' for update")
+    )
+    scene.bob.does(scene.bob.ask("select pgharness.adjust_run(%s::bigint, priority => 3)", run))
+    sweeping = scene.blocked(scene.ann.try_to(sweep), scene.ann)
+    scene.bob.commit()
+    assert sweeping.result(10) == 1
+    scene.ann.commit()
+    waiting = jobs(scene.watcher)
+    assert waiting and all(2_000_000 < job["priority"] <= 3_000_000 for job in waiting)
+    assert scene.is_consistent()
+
+
 def test_a_sweep_and_a_resume_of_a_run_that_lost_its_jobs_queue_them_once(scene: Scene) -> None:
     run, worker = small(scene.watcher)
     scene.watcher.execute("select pgharness.pause_run(%s)", (run,))
@@ -470,7 +486,16 @@ def test_a_storm_of_workers_and_controllers_leaves_no_deadlock_and_no_orphan(url
 
         def interfere(seed: int) -> None:
             luck = random.Random(seed)
-            actions = ["pause_run", "resume_run", "resume_run", "cancel_run", "retry_failed", "requeue_run", "sweep"]
+            actions = [
+                "pause_run",
+                "resume_run",
+                "resume_run",
+                "cancel_run",
+                "retry_failed",
+                "requeue_run",
+                "adjust_run",
+                "sweep",
+            ]
             with psycopg.connect(url, autocommit=True) as mine:
                 barrier.wait(10)
                 for _ in range(60):
@@ -478,6 +503,9 @@ def test_a_storm_of_workers_and_controllers_leaves_no_deadlock_and_no_orphan(url
                     try:
                         if action == "sweep":
                             sweep(mine)
+                        elif action == "adjust_run":
+                            priority = luck.randrange(3)
+                            mine.execute("select pgharness.adjust_run(%s::bigint, %s)", (luck.choice(runs), priority))
                         else:
                             control(action, luck.choice(runs))(mine)
                     except psycopg.ProgrammingError as error:
