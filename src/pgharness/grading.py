@@ -11,10 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 import regex
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from pgharness.errors import InvalidOutput, RequestRejected
 from pgharness.prompts import text_of
@@ -25,13 +26,13 @@ _PATTERN_SECONDS = 2.0
 _NUMBER = regex.compile(r"(?:(?<!\w)[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 
-class Verdict(BaseModel):
+class Verdict(TypedDict):
     """One criterion's verdict: why, and how far it is met (0..100)."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
+    __pydantic_config__ = ConfigDict(extra="ignore", strict=True)  # type: ignore[misc]
 
-    rationale: str = Field(min_length=1)
-    satisfaction: float = Field(ge=0, le=100, allow_inf_nan=False)
+    rationale: Annotated[str, Field(min_length=1)]
+    satisfaction: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
 _VERDICTS = TypeAdapter(list[Verdict])
@@ -71,7 +72,7 @@ def verdict_schema(count: int) -> Mapping[str, Any]:
     }
 
 
-def read_verdicts(answer: Any, count: int, *, text: str) -> list[dict[str, Any]]:
+def read_verdicts(answer: Any, count: int, *, text: str) -> list[Verdict]:
     """Return the verdicts of an answer, or raise InvalidOutput saying which one is wrong and how.
 
     A bare array is accepted as well as {"verdicts": [...]}.
@@ -82,13 +83,12 @@ def read_verdicts(answer: Any, count: int, *, text: str) -> list[dict[str, Any]]
     if len(found) != count:
         raise InvalidOutput(f"the answer has {len(found)} verdicts for {count} criteria", text=text)
     try:
-        verdicts = _VERDICTS.validate_python(found)
+        return _VERDICTS.validate_python(found)
     except ValidationError as exc:
         problem = exc.errors()[0]
         index, *place = problem["loc"]
         where = ".".join(str(part) for part in place) or "it"
         raise InvalidOutput(f"verdict {int(index) + 1}: {where}: {problem['msg']}", text=text) from None
-    return [{"rationale": verdict.rationale, "satisfaction": verdict.satisfaction} for verdict in verdicts]
 
 
 def score_metric(metric: str, parameters: Mapping[str, Any], output: Any, target: Any) -> Score:

@@ -12,17 +12,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pgharness.errors import RequestRejected
 from pgharness.types import Message
+
+_DICT_NAMES = frozenset(dir(dict))
 
 
 class _Environment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, without its detour over an exception for what lies in a dict."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+        if type(obj) is dict and attribute in obj and attribute not in _DICT_NAMES:
             return obj[attribute]
         return super().getattr(obj, attribute)
 
@@ -31,6 +34,7 @@ _ENVIRONMENT = _Environment(undefined=jinja2.StrictUndefined, autoescape=False, 
 
 
 _MARKS = re.compile(r"\{[{%#]")
+_OF_A_CASE = frozenset({"case_name", "case_text", "input", "target", "metadata", "config"})
 
 
 class Prompt:
@@ -42,6 +46,8 @@ class Prompt:
             for name, role, text in ((f"{kind}_system_prompt", "system", system), (f"{kind}_prompt", "user", user))
             if text
         ]
+        self.is_of_case = _is_of_case(system) and _is_of_case(user)
+        """Whether all items of a case get the same messages."""
 
     def render(self, values: Mapping[str, Any]) -> tuple[Message, ...]:
         """Return the messages for these values; raises RequestRejected naming the template and what it lacks."""
@@ -82,6 +88,13 @@ def _compile(name: str, text: str) -> jinja2.Template:
             f"{name} is not a valid template (line {exc.lineno}): {exc.message}",
             hint="Mend it in pgharness.instances and start a new run.",
         ) from exc
+
+
+def _is_of_case(text: str) -> bool:
+    """Tell whether a template says the same of a case each time: it uses nothing of its items, and no chance."""
+    tree = _ENVIRONMENT.parse(text)
+    has_chance = any(used.name == "random" for used in tree.find_all(jinja2.nodes.Filter))
+    return not has_chance and jinja2.meta.find_undeclared_variables(tree) <= _OF_A_CASE
 
 
 def text_of(value: Any) -> str:

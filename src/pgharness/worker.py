@@ -257,7 +257,7 @@ def _process_main(options: WorkerOptions, parent_pid: int, pulse: c_double) -> N
             logging.getLogger(noisy).setLevel(logging.ERROR)
     # what is here now stays; and the calls in flight are many objects, which need not be looked through so often
     gc.freeze()
-    gc.set_threshold(10_000, 20, 50)
+    gc.set_threshold(50_000, 20, 50)
     try:
         uvloop.run(run_process(options, parent_pid=parent_pid, pulse=pulse))
     except SchemaOutOfDate as exc:

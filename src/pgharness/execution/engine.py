@@ -153,6 +153,7 @@ class Engine:
         self._has_news = False
         self._sated: int | None = None  # the run whose turn it is in the queue, when it had its share here
         self._started: deque[float] = deque(maxlen=4_096)  # when the latest calls began
+        self._is_room_stale = False
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._sharing: asyncio.Task[None] | None = None
@@ -536,7 +537,9 @@ class Engine:
             call = self._next_call()
             if call is not None:
                 call.run.tasks.add(task)
-            self._update_room()
+            if not self._is_room_stale and not self._has_room.is_set():  # a call that begins only makes room
+                self._is_room_stale = True
+                asyncio.get_running_loop().call_soon(self._update_room)  # once, however many calls end in this step
 
     def _vacate(self, first: _Call, task: asyncio.Task[None]) -> None:
         self._free += 1
@@ -650,6 +653,7 @@ class Engine:
             self._update_room()
 
     def _update_room(self) -> None:
+        self._is_room_stale = False
         has_news = self._has_news and (self._sated is None or self._is_short_of(self._sated))
         if self.is_draining or (self._loading < 4 and (has_news or self._needs_more())):
             self._has_room.set()

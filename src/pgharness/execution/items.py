@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
-from typing import Any
+from typing import Any, get_args
 
 from pgharness.database import Row
 from pgharness.errors import CodeFailed, InvalidOutput, ModelError
@@ -24,7 +24,7 @@ _OUTPUT_TOKENS_GUESS = 500
 _LONGEST_ERROR = 4_000
 _LONGEST_ANSWER = 100_000
 _CODE = ("command", "python")
-_CACHED_FACTS = 256
+_CACHED_CASES = 500
 _ITEM_READERS = (*_CODE, "simulator")  # those that see the case itself, not messages alone
 
 
@@ -62,7 +62,9 @@ class Definition:
         self._gateway = gateway
         self._completers: dict[tuple[ItemKind, int], Completer] = {}
         self._prompts: dict[ItemKind, Prompt] = {}
-        self._facts: OrderedDict[int, tuple[Row, Row]] = OrderedDict()  # of cases, by their identity
+        self._cases: OrderedDict[int, _KnownCase] = OrderedDict()  # by their identity
+        self._seeds = {kind: blake2b(f"{row['seed']}/{kind}/".encode(), digest_size=4) for kind in get_args(ItemKind)}
+        self._item_facts = {name: row[name] for name in ("config", "cycle_times", "software_version", "run")}
 
     def completer(self, item: Item) -> Completer:
         """Return what answers for an item's model. Raises ModelError when nothing here can."""
@@ -71,54 +73,22 @@ class Definition:
             self._completers[key] = self._gateway.completer(item.spec)
         return self._completers[key]
 
-    def _case_facts(self, case: Row) -> Row:
-        found = self._facts.get(id(case))
-        if found is None:
-            found = self._facts[id(case)] = (
-                case,
-                case_facts(case),
-            )  # with the case, so that no other gets its identity
-            if len(self._facts) > _CACHED_FACTS:
-                self._facts.popitem(last=False)
-        return found[1]
-
     def request(self, item: Item) -> Request:
         """Return what to ask for an item. Raises ModelError for a prompt or setting that cannot be used."""
-        row, spec, case = self.row, item.spec, item.case
-        values = {
-            **self._case_facts(case),
-            "config": row["config"],
-            "overlap": item.overlap,
-            "replication": item.replication,
-        }
-        schema = None
+        spec = item.spec
+        schema, criteria = None, None
         if item.kind == "grade":
             criteria = criteria_values(item.rubric)
-            values["note"] = text_of(item.note)
-            values["criteria"] = criteria
-            values["rubric_author"] = (item.rubric or {}).get("author")
             schema = verdict_schema(len(criteria))
         facts: dict[str, Any] = {}
         if spec.provider in _ITEM_READERS:
+            case = item.case
             if item.kind == "note" and spec.provider in _CODE:
                 case = {name: value for name, value in case.items() if name != "target"}  # the answer is not given away
-            facts = {
-                "case": case,
-                "config": row["config"],
-                "overlap": item.overlap,
-                "replication": item.replication,
-                "cycle_times": row["cycle_times"],
-                "software_version": row["software_version"],
-                "run": row["run"],
-            }
+            facts = {"case": case, "overlap": item.overlap, "replication": item.replication, **self._item_facts}
             if item.kind == "grade":
                 facts |= {"note": item.note, "rubric": {"criteria": criteria}}
-        prompt = self._prompts.get(item.kind)
-        if prompt is None:
-            prompts = row["prompts"]
-            prompt = Prompt(item.kind, prompts[f"{item.kind}_system"], prompts[item.kind])
-            self._prompts[item.kind] = prompt
-        messages = prompt.render(values)
+        messages = self._messages(item, criteria)
         if item.cause == InvalidOutput.outcome and item.answer:
             messages += (
                 Message("assistant", item.answer),
@@ -132,10 +102,57 @@ class Definition:
             schema=schema,
             schema_name="verdicts",
             is_reasoning=spec.is_reasoning,
-            seed=_seed(row["seed"], item.kind, item.ordinal),
+            seed=self._seed(item),
             attempt=item.tries + 1,
             item=facts,
         )
+
+    def _seed(self, item: Item) -> int:
+        """Return an item's own seed (31 bits, which every provider takes), from the run's."""
+        digest = self._seeds[item.kind].copy()
+        digest.update(b"%d" % item.ordinal)
+        return int.from_bytes(digest.digest(), "big") >> 1
+
+    def _messages(self, item: Item, criteria: Sequence[Row] | None) -> tuple[Message, ...]:
+        prompt = self._prompts.get(item.kind)
+        if prompt is None:
+            prompts = self.row["prompts"]
+            prompt = Prompt(item.kind, prompts[f"{item.kind}_system"], prompts[item.kind])
+            self._prompts[item.kind] = prompt
+        case = self._known(item.case)
+        if item.kind == "note" and case.note_messages is not None:
+            return case.note_messages
+        values = {
+            **case.values,
+            "config": self.row["config"],
+            "overlap": item.overlap,
+            "replication": item.replication,
+        }
+        if item.kind == "grade":
+            values["note"] = text_of(item.note)
+            values["criteria"] = criteria
+            values["rubric_author"] = (item.rubric or {}).get("author")
+        messages = prompt.render(values)
+        if item.kind == "note" and prompt.is_of_case:
+            case.note_messages = messages
+        return messages
+
+    def _known(self, case: Row) -> _KnownCase:
+        known = self._cases.get(id(case))
+        if known is None:
+            known = self._cases[id(case)] = _KnownCase(case, case_facts(case))
+            if len(self._cases) > _CACHED_CASES:
+                self._cases.popitem(last=False)
+        return known
+
+
+@dataclass(slots=True, eq=False)
+class _KnownCase:
+    """What is made of a case once: it is kept with it, so that no other case gets its identity meanwhile."""
+
+    case: Row
+    values: Row
+    note_messages: tuple[Message, ...] | None = None  # when they are the same for all its notes
 
 
 @dataclass(slots=True, eq=False)
@@ -277,11 +294,6 @@ def estimated_tokens(request: Request, spec: ModelSpec) -> int:
     """Return about how many tokens a call will count against a quota."""
     limit = spec.parameters.get("max_tokens") or _OUTPUT_TOKENS_GUESS
     return sum([len(message.content) for message in request.messages]) // 4 + int(limit)
-
-
-def _seed(run_seed: int, kind: str, ordinal: int) -> int:
-    """Return an item's own seed (31 bits, which every provider takes), from the run's."""
-    return int.from_bytes(blake2b(f"{run_seed}/{kind}/{ordinal}".encode(), digest_size=4).digest(), "big") >> 1
 
 
 def next_grades(item: Item, combination: Combination, stride: int) -> list[Item]:

@@ -64,7 +64,8 @@ class Recorder:
     def add(self, outcome: Row, token: Any = None) -> None:
         """Take an outcome to be written soon, for whom the token stands."""
         self._queue.append(_Entry(outcome, token))
-        self._wake.set()
+        if not self._wake.is_set():
+            self._wake.set()
 
     @property
     def backlog(self) -> int:
