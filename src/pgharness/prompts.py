@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from secrets import token_hex
 from typing import Any
 
 import jinja2
 import jinja2.meta
+from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pgharness.errors import RequestRejected
@@ -33,8 +35,33 @@ class _Environment(ImmutableSandboxedEnvironment):
 _ENVIRONMENT = _Environment(undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
 
 
+_CAPTURES: tuple[type[nodes.Node], ...] = (
+    nodes.FilterBlock,
+    nodes.CallBlock,
+    nodes.Macro,
+    nodes.AssignBlock,
+)  # what is said in them may be changed
 _MARKS = re.compile(r"\{[{%#]")
-_OF_A_CASE = frozenset({"case_name", "case_text", "input", "target", "metadata", "config"})
+_NOTE_MARK = f"<note {token_hex(16)}>"
+
+
+class Outline:
+    """Messages that were rendered once, with a mark where the note of each item goes."""
+
+    def __init__(self, messages: tuple[Message, ...]) -> None:
+        self._messages = messages
+        self._has_note = any(_NOTE_MARK in message.content for message in messages)
+
+    def messages(self, note: str) -> tuple[Message, ...]:
+        """Return the messages for a note."""
+        if not self._has_note:
+            return self._messages
+        filled = [(message, message.content.replace(_NOTE_MARK, note)) for message in self._messages]
+        return tuple(
+            message if content is message.content else Message(message.role, content)
+            for message, content in filled
+            if content is message.content or content.strip()
+        )
 
 
 class Prompt:
@@ -46,8 +73,16 @@ class Prompt:
             for name, role, text in ((f"{kind}_system_prompt", "system", system), (f"{kind}_prompt", "user", user))
             if text
         ]
-        self.is_of_case = _is_of_case(system) and _is_of_case(user)
-        """Whether all items of a case get the same messages."""
+        self._variables = _variables(system, kind) | _variables(user, kind)
+
+    def outline(self, values: Mapping[str, Any]) -> Outline | None:
+        """Return what all items with these values share but for their note; None when they share no more than that."""
+        if not self._variables <= values.keys():
+            return None
+        try:
+            return Outline(self.render({**values, "note": _NOTE_MARK}))
+        except RequestRejected:
+            return None  # each of the items will say so, and what its templates may use
 
     def render(self, values: Mapping[str, Any]) -> tuple[Message, ...]:
         """Return the messages for these values; raises RequestRejected naming the template and what it lacks."""
@@ -90,11 +125,20 @@ def _compile(name: str, text: str) -> jinja2.Template:
         ) from exc
 
 
-def _is_of_case(text: str) -> bool:
-    """Tell whether a template says the same of a case each time: it uses nothing of its items, and no chance."""
+def _variables(text: str, kind: str) -> set[str]:
+    """Return what a template's text depends on; not a grade's note, when it only stands there as it is."""
     tree = _ENVIRONMENT.parse(text)
-    has_chance = any(used.name == "random" for used in tree.find_all(jinja2.nodes.Filter))
-    return not has_chance and jinja2.meta.find_undeclared_variables(tree) <= _OF_A_CASE
+    names = jinja2.meta.find_undeclared_variables(tree)
+    names |= {used.name for used in tree.find_all(nodes.Filter) if used.name == "random"}
+    inserted = [part for output in tree.find_all(nodes.Output) for part in output.nodes if _is_note(part)]
+    is_inserted = (
+        len(inserted) == sum(map(_is_note, tree.find_all(nodes.Name))) and next(tree.find_all(_CAPTURES), None) is None
+    )
+    return names - {"note"} if kind == "grade" and is_inserted else names
+
+
+def _is_note(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Name) and node.name == "note"
 
 
 def text_of(value: Any) -> str:

@@ -20,16 +20,8 @@ from typing import Any
 
 from pgharness.database import TRANSIENT, Database, Line, Row
 from pgharness.errors import ModelError, RequestRejected
-from pgharness.execution.items import (
-    CallRecord,
-    Definition,
-    Item,
-    estimated_tokens,
-    loaded,
-    model_error,
-    next_grades,
-    used_tokens,
-)
+from pgharness.execution.definition import Definition, loaded, next_grades
+from pgharness.execution.items import CallRecord, Item, estimated_tokens, model_error, used_tokens
 from pgharness.execution.recorder import Recorder
 from pgharness.gateway import Gateway
 from pgharness.gateway.limits import Gate, Limits
@@ -506,7 +498,7 @@ class Engine:
         """Make what an item asks, or keep why it cannot be made."""
         try:
             run.definition.completer(item)
-            request = run.definition.request(item)
+            request = run.definition.requests.of(item)
             if is_gated:
                 item.tokens = estimated_tokens(request, item.spec)
             item.request = request

@@ -1,158 +1,24 @@
-"""Items: what a note or a grade is made from, what its model is asked, and what an outcome looks like."""
+"""Items: what a note or a grade is made from, how a call of its model is recorded, and what an outcome looks like."""
 
 from __future__ import annotations
 
 import logging
 import time
 import traceback
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from hashlib import blake2b
-from typing import Any, get_args
+from typing import Any
 
 from pgharness.database import Row
 from pgharness.errors import CodeFailed, InvalidOutput, ModelError
-from pgharness.gateway import Gateway
-from pgharness.grading import criteria_values, read_verdicts, score_metric, verdict_schema
-from pgharness.prompts import Prompt, case_facts, text_of
-from pgharness.types import Completer, Completion, ItemKind, Message, ModelSpec, Request
+from pgharness.grading import read_verdicts, score_metric
+from pgharness.types import Completion, ItemKind, ModelSpec, Request
 
 logger = logging.getLogger(__name__)
 _OUTPUT_TOKENS_GUESS = 500
 _LONGEST_ERROR = 4_000
 _LONGEST_ANSWER = 100_000
-_CODE = ("command", "python")
-_CACHED_CASES = 500
-_ITEM_READERS = (*_CODE, "simulator")  # those that see the case itself, not messages alone
-
-
-@dataclass(frozen=True, slots=True)
-class Combination:
-    """A generator and its grader, as a run froze them."""
-
-    generator: ModelSpec
-    grader: ModelSpec | None
-    rubric_count: int
-    grade_replications: int
-
-    def spec(self, kind: ItemKind) -> ModelSpec:
-        """Return the model that makes items of a kind."""
-        spec = self.grader if kind == "grade" else self.generator
-        assert spec is not None
-        return spec
-
-
-class Definition:
-    """A run's frozen definition, with what is made of it once for all its items."""
-
-    def __init__(self, row: Row, gateway: Gateway) -> None:
-        self.row = row
-        self.stride: int = row["grade_stride"]
-        self.combinations = {
-            found["number"]: Combination(
-                ModelSpec.model_validate(found["generator"]),
-                ModelSpec.model_validate(found["grader"]) if found["grader"] else None,
-                found["rubric_count"],
-                found["grade_replications"],
-            )
-            for found in row["combinations"]
-        }
-        self._gateway = gateway
-        self._completers: dict[tuple[ItemKind, int], Completer] = {}
-        self._prompts: dict[ItemKind, Prompt] = {}
-        self._cases: OrderedDict[int, _KnownCase] = OrderedDict()  # by their identity
-        self._seeds = {kind: blake2b(f"{row['seed']}/{kind}/".encode(), digest_size=4) for kind in get_args(ItemKind)}
-        self._item_facts = {name: row[name] for name in ("config", "cycle_times", "software_version", "run")}
-
-    def completer(self, item: Item) -> Completer:
-        """Return what answers for an item's model. Raises ModelError when nothing here can."""
-        key = (item.kind, item.combination_number)
-        if key not in self._completers:
-            self._completers[key] = self._gateway.completer(item.spec)
-        return self._completers[key]
-
-    def request(self, item: Item) -> Request:
-        """Return what to ask for an item. Raises ModelError for a prompt or setting that cannot be used."""
-        spec = item.spec
-        schema, criteria = None, None
-        if item.kind == "grade":
-            criteria = criteria_values(item.rubric)
-            schema = verdict_schema(len(criteria))
-        facts: dict[str, Any] = {}
-        if spec.provider in _ITEM_READERS:
-            case = item.case
-            if item.kind == "note" and spec.provider in _CODE:
-                case = {name: value for name, value in case.items() if name != "target"}  # the answer is not given away
-            facts = {"case": case, "overlap": item.overlap, "replication": item.replication, **self._item_facts}
-            if item.kind == "grade":
-                facts |= {"note": item.note, "rubric": {"criteria": criteria}}
-        messages = self._messages(item, criteria)
-        if item.cause == InvalidOutput.outcome and item.answer:
-            messages += (
-                Message("assistant", item.answer),
-                Message(
-                    "user",
-                    f"This answer cannot be used: {item.error}. Answer again, in full and in the form asked for.",
-                ),
-            )
-        return Request(
-            messages=messages,
-            schema=schema,
-            schema_name="verdicts",
-            is_reasoning=spec.is_reasoning,
-            seed=self._seed(item),
-            attempt=item.tries + 1,
-            item=facts,
-        )
-
-    def _seed(self, item: Item) -> int:
-        """Return an item's own seed (31 bits, which every provider takes), from the run's."""
-        digest = self._seeds[item.kind].copy()
-        digest.update(b"%d" % item.ordinal)
-        return int.from_bytes(digest.digest(), "big") >> 1
-
-    def _messages(self, item: Item, criteria: Sequence[Row] | None) -> tuple[Message, ...]:
-        prompt = self._prompts.get(item.kind)
-        if prompt is None:
-            prompts = self.row["prompts"]
-            prompt = Prompt(item.kind, prompts[f"{item.kind}_system"], prompts[item.kind])
-            self._prompts[item.kind] = prompt
-        case = self._known(item.case)
-        if item.kind == "note" and case.note_messages is not None:
-            return case.note_messages
-        values = {
-            **case.values,
-            "config": self.row["config"],
-            "overlap": item.overlap,
-            "replication": item.replication,
-        }
-        if item.kind == "grade":
-            values["note"] = text_of(item.note)
-            values["criteria"] = criteria
-            values["rubric_author"] = (item.rubric or {}).get("author")
-        messages = prompt.render(values)
-        if item.kind == "note" and prompt.is_of_case:
-            case.note_messages = messages
-        return messages
-
-    def _known(self, case: Row) -> _KnownCase:
-        known = self._cases.get(id(case))
-        if known is None:
-            known = self._cases[id(case)] = _KnownCase(case, case_facts(case))
-            if len(self._cases) > _CACHED_CASES:
-                self._cases.popitem(last=False)
-        return known
-
-
-@dataclass(slots=True, eq=False)
-class _KnownCase:
-    """What is made of a case once: it is kept with it, so that no other case gets its identity meanwhile."""
-
-    case: Row
-    values: Row
-    note_messages: tuple[Message, ...] | None = None  # when they are the same for all its notes
 
 
 @dataclass(slots=True, eq=False)
@@ -294,55 +160,3 @@ def estimated_tokens(request: Request, spec: ModelSpec) -> int:
     """Return about how many tokens a call will count against a quota."""
     limit = spec.parameters.get("max_tokens") or _OUTPUT_TOKENS_GUESS
     return sum([len(message.content) for message in request.messages]) // 4 + int(limit)
-
-
-def next_grades(item: Item, combination: Combination, stride: int) -> list[Item]:
-    """Return the grades of a note that was just made: by each of its rubrics, or the target, each so many times."""
-    if combination.grader is None:
-        return []
-    return [
-        Item(
-            run_id=item.run_id,
-            kind="grade",
-            ordinal=item.ordinal * stride + place * combination.grade_replications + number,
-            spec=combination.grader,
-            case=item.case,
-            combination_number=item.combination_number,
-            overlap=item.overlap,
-            replication=number + 1,
-            rubric=rubric,
-            note=item.note,
-            slice=item.slice,
-        )
-        for place, rubric in enumerate(item.rubrics if combination.rubric_count else (None,))
-        for number in range(combination.grade_replications)
-    ]
-
-
-def loaded(rows: Sequence[Row], definition: Definition, inputs: Mapping[tuple[str, int], Any]) -> list[Item]:
-    """Return the items of a slice, from the rows of its plan and their inputs."""
-    items = []
-    for row in rows:
-        kind: ItemKind = row["kind"]
-        combination = definition.combinations[row["combination_number"]]
-        item = Item(
-            run_id=definition.row["run_id"],
-            kind=kind,
-            ordinal=row["ordinal"],
-            spec=combination.spec(kind),
-            case=inputs["cases", row["case_id"]],
-            combination_number=row["combination_number"],
-            overlap=row["overlap"],
-            replication=row["replication"],
-            tries=row["tries"],
-            cause=row["cause"],
-            error=row["error"],
-            answer=row["answer"],
-        )
-        if kind == "grade":
-            item.rubric = inputs["rubrics", row["rubric_id"]] if row["rubric_id"] is not None else None
-            item.note = inputs["notes", row["note_ordinal"]]
-        else:
-            item.rubrics = [inputs["rubrics", rubric_id] for rubric_id in row["rubric_ids"]]
-        items.append(item)
-    return items

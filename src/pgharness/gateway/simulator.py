@@ -115,7 +115,6 @@ class Simulator:
         self._parameters = read_parameters(spec, SimulatorParameters)
         self._kept: dict[int, tuple[Any, list[tuple[str, str]]]] = {}  # the facts of the latest cases
         self._identity = hashlib.blake2b(spec.name.encode(), digest_size=32)
-        self._rng = random.Random()  # begun anew for each answer: to make one takes twice as long
         faults, rates = zip(*self._parameters.faults(), strict=True)
         self._faults: tuple[tuple[str, float], ...] = tuple(zip(faults, itertools.accumulate(rates), strict=True))
         if not any(rates):
@@ -137,17 +136,18 @@ class Simulator:
                 request_id=request_id,
             )
         if self._parameters.latency_seconds:
-            await self._take_time(pace_draw, is_endless=fault == "timeout")
+            seconds = math.inf if fault == "timeout" else self._seconds(pace_draw)
+            await asyncio.sleep(min(seconds, self._spec.timeout_seconds))
+            if seconds > self._spec.timeout_seconds:
+                self._time_out()
         if fault is not None and fault != "invalid":
             self._fail(fault, request_id, input_tokens)
-        rng = self._rng
-        rng.seed(answer_seed)
         if request.schema is None:
-            text, data = self._answer(request.item, rng)
+            text, data = self._answer(request.item, answer_seed)
         else:
-            data = _structured(request, request.schema, self._parameters, rng)
+            data = _structured(request, request.schema, self._parameters, answer_seed)
             if fault == "invalid":
-                data = self._misshape(data, request.schema, rng, request_id, input_tokens)
+                data = self._misshape(data, request.schema, random.Random(answer_seed), request_id, input_tokens)
             text = to_json(data).decode()
         return Completion(
             text=text,
@@ -159,14 +159,15 @@ class Simulator:
             http_status=200,
         )
 
-    def _answer(self, item: Mapping[str, Any], rng: random.Random) -> tuple[str, Any]:
+    def _answer(self, item: Mapping[str, Any], seed: int) -> tuple[str, Any]:
         """Return the text, and the JSON of an answer that has structure, to a request without a schema."""
         case = item.get("case") or {}
         target = case.get("target")
         if target is None:
-            return _note(self._facts(case.get("input")), self._parameters, rng), None
-        if rng.random() >= self._parameters.quality:
-            return _wrong_answer(target if isinstance(target, str) else json.dumps(target), rng), None
+            return _note(self._facts(case.get("input")), self._parameters, seed), None
+        if _draws(seed, 1)[0] >= self._parameters.quality:
+            wrong = _wrong_answer(target if isinstance(target, str) else json.dumps(target), random.Random(seed))
+            return wrong, None
         if isinstance(target, str):
             return target, None
         return json.dumps(target), target if isinstance(target, (dict, list)) else None
@@ -186,14 +187,11 @@ class Simulator:
                 return fault
         return None
 
-    async def _take_time(self, draw: int, *, is_endless: bool) -> None:
+    def _seconds(self, draw: int) -> float:
         seconds = self._parameters.latency_seconds
         if self._parameters.latency_spread:
             seconds *= math.exp(self._parameters.latency_spread * _NORMAL.inv_cdf((draw + 0.5) * _UNIT * (1 - 1e-12)))
-        if is_endless or seconds > self._spec.timeout_seconds:
-            await asyncio.sleep(self._spec.timeout_seconds)
-            self._time_out()
-        await asyncio.sleep(seconds)
+        return seconds
 
     def _time_out(self) -> NoReturn:
         raise TimedOut(f"the simulated model gave no answer within {self._spec.timeout_seconds:g} s")
@@ -234,22 +232,29 @@ class Simulator:
         )
 
 
-def _note(facts: Sequence[tuple[str, str]], parameters: SimulatorParameters, rng: random.Random) -> str:
+def _draws(seed: int, count: int) -> list[float]:
+    """Return numbers between 0 and 1, the same for the same seed: much cheaper than to begin a random.Random anew."""
+    digest = hashlib.shake_128(seed.to_bytes(8)).digest(4 * count)
+    return [(number + 0.5) * 2.0**-32 for number in struct.unpack(f"<{count}I", digest)]
+
+
+def _note(facts: Sequence[tuple[str, str]], parameters: SimulatorParameters, seed: int) -> str:
     """Return a note that repeats some of a case's facts: how many is its hidden quality."""
+    size, quality, choice, *luck = _draws(seed, 3 + len(facts))
+    plan = _PLANS[int(choice * len(_PLANS))]
     if not facts:
-        return "Summary: no information was given.\nPlan: " + rng.choice(_PLANS)
-    room = int(parameters.output_tokens * 4 * math.exp(rng.gauss(0.0, 0.25))) // 90 + 1
+        return f"Summary: no information was given.\nPlan: {plan}"
+    room = int(parameters.output_tokens * 4 * math.exp(0.25 * _NORMAL.inv_cdf(size))) // 90 + 1
     step = max(1.0, len(facts) / room)
-    quality = min(1.0, max(0.0, rng.gauss(parameters.quality, 0.12)))
+    share = parameters.quality + 0.12 * _NORMAL.inv_cdf(quality)
     told: list[str] = []
     discussed: list[str] = []
     for place in range(min(room, len(facts))):
-        if rng.random() < quality:
+        if luck[place] < share:
             speaker, text = facts[int(place * step)]
             (discussed if speaker in _CLINICIANS else told).append(text)
     if not told and not discussed:
         told.append(facts[0][1])
-    plan = rng.choice(_PLANS)
     if not any(speaker for speaker, _ in facts):
         return f"Summary: {'; '.join(told)}.\nPlan: {plan}"
     return (
@@ -311,33 +316,32 @@ def _wrong_answer(target: str, rng: random.Random) -> str:
     return next((wrong for wrong in candidates if target not in wrong and simple not in wrong), "unknown")
 
 
-def _structured(
-    request: Request, schema: Mapping[str, Any], parameters: SimulatorParameters, rng: random.Random
-) -> Any:
+def _structured(request: Request, schema: Mapping[str, Any], parameters: SimulatorParameters, seed: int) -> Any:
     """Return JSON that fits the schema; the schema of a grade gets satisfactions that the note has earned."""
     verdicts = schema.get("properties", {}).get("verdicts")
     rubric = request.item.get("rubric")
     if verdicts is not None and rubric is not None:
         verdict_count = verdicts.get("minItems", len(rubric["criteria"]))
-        return {"verdicts": _verdicts(request.item.get("note"), rubric["criteria"], verdict_count, parameters, rng)}
-    return _filled(schema, schema, rng, 0)
+        return {"verdicts": _verdicts(request.item.get("note"), rubric["criteria"], verdict_count, parameters, seed)}
+    return _filled(schema, schema, random.Random(seed), 0)
 
 
 def _verdicts(
-    note: Any, criteria: Sequence[Mapping[str, Any]], count: int, parameters: SimulatorParameters, rng: random.Random
+    note: Any, criteria: Sequence[Mapping[str, Any]], count: int, parameters: SimulatorParameters, seed: int
 ) -> list[dict[str, Any]]:
     """Judge a note by the share of each criterion's words that it has, and by whether it is long enough to say much."""
     text = (note if isinstance(note, str) else json.dumps(note, ensure_ascii=False)).lower()
     lean = 20.0 * parameters.leniency - 15.0 * max(0.0, 1.0 - len(text) / 300)
     verdicts: list[dict[str, Any]] = []
-    for place in range(count):
+    for place, draw in enumerate(_draws(seed, count)):
         found: list[str] = []
         missing: list[str] = []
         if place < len(criteria):
             for word, stem in _stems(str(criteria[place].get("criterion", ""))):
                 (found if stem in text else missing).append(word)
         coverage = len(found) / (len(found) + len(missing)) if found or missing else 0.5
-        satisfaction = round(15.0 + 80.0 * math.sqrt(coverage) + rng.gauss(lean, parameters.noise))
+        noise = lean + parameters.noise * _NORMAL.inv_cdf(draw)
+        satisfaction = round(15.0 + 80.0 * math.sqrt(coverage) + noise)
         satisfaction = 0 if satisfaction < 0 else 100 if satisfaction > 100 else satisfaction
         verdicts.append({"rationale": _rationale(found, missing), "satisfaction": satisfaction})
     return verdicts

@@ -1,0 +1,111 @@
+"""What the model of an item is asked, made from the run's definition; what many items share is made once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, get_args
+
+from pgharness.database import Row
+from pgharness.errors import InvalidOutput
+from pgharness.execution.items import Item
+from pgharness.grading import criteria_values, verdict_schema
+from pgharness.prompts import Outline, Prompt, case_facts, text_of
+from pgharness.types import ItemKind, Message, Request
+
+_CODE = ("command", "python")
+_ITEM_READERS = (*_CODE, "simulator")  # those that see the case itself, not messages alone
+_CACHED_INPUTS = 1_000
+
+
+@dataclass(slots=True, eq=False)
+class _Inputs:
+    """A case, with the rubric of a grade, and what is made of them; kept here, so that no others get their identity."""
+
+    case: Row
+    rubric: Row | None
+    criteria: list[Row]
+    values: Row  # what templates see in all items of these inputs
+    outline: Outline | None  # of the messages, unless they differ by more than the note
+
+
+class Requests:
+    """Makes the requests of one run."""
+
+    def __init__(self, definition: Row) -> None:
+        self._definition = definition
+        self._prompts: dict[ItemKind, Prompt] = {}
+        self._inputs: OrderedDict[tuple[ItemKind, int, int], _Inputs] = OrderedDict()  # by identity
+        self._facts = {name: definition[name] for name in ("config", "cycle_times", "software_version", "run")}
+        self._seeds = {
+            kind: blake2b(f"{definition['seed']}/{kind}/".encode(), digest_size=4) for kind in get_args(ItemKind)
+        }
+
+    def of(self, item: Item) -> Request:
+        """Return what to ask for an item. Raises ModelError for a prompt that cannot be used."""
+        prompt = self._prompt(item.kind)
+        inputs = self._inputs_of(item, prompt)
+        messages = self._messages(item, prompt, inputs)
+        if item.cause == InvalidOutput.outcome and item.answer:
+            messages += (
+                Message("assistant", item.answer),
+                Message(
+                    "user",
+                    f"This answer cannot be used: {item.error}. Answer again, in full and in the form asked for.",
+                ),
+            )
+        return Request(
+            messages=messages,
+            schema=verdict_schema(len(inputs.criteria)) if item.kind == "grade" else None,
+            schema_name="verdicts",
+            is_reasoning=item.spec.is_reasoning,
+            seed=self._seed(item),
+            attempt=item.tries + 1,
+            item=self._item_facts(item, inputs) if item.spec.provider in _ITEM_READERS else {},
+        )
+
+    def _prompt(self, kind: ItemKind) -> Prompt:
+        if kind not in self._prompts:
+            prompts = self._definition["prompts"]
+            self._prompts[kind] = Prompt(kind, prompts[f"{kind}_system"], prompts[kind])
+        return self._prompts[kind]
+
+    def _inputs_of(self, item: Item, prompt: Prompt) -> _Inputs:
+        key = (item.kind, id(item.case), id(item.rubric))
+        inputs = self._inputs.get(key)
+        if inputs is None:
+            criteria: list[Row] = []
+            values = {**case_facts(item.case), "config": self._definition["config"]}
+            if item.kind == "grade":
+                criteria = criteria_values(item.rubric)
+                values |= {"criteria": criteria, "rubric_author": (item.rubric or {}).get("author")}
+            inputs = _Inputs(item.case, item.rubric, criteria, values, prompt.outline(values))
+            self._inputs[key] = inputs
+            if len(self._inputs) > _CACHED_INPUTS:
+                self._inputs.popitem(last=False)
+        return inputs
+
+    def _messages(self, item: Item, prompt: Prompt, inputs: _Inputs) -> tuple[Message, ...]:
+        note = text_of(item.note) if item.kind == "grade" else ""
+        if inputs.outline is not None:
+            return inputs.outline.messages(note)
+        values = {**inputs.values, "overlap": item.overlap, "replication": item.replication}
+        if item.kind == "grade":
+            values["note"] = note
+        return prompt.render(values)
+
+    def _item_facts(self, item: Item, inputs: _Inputs) -> dict[str, Any]:
+        case = item.case
+        if item.kind == "note" and item.spec.provider in _CODE:
+            case = {name: value for name, value in case.items() if name != "target"}  # the answer is not given away
+        facts = {"case": case, "overlap": item.overlap, "replication": item.replication, **self._facts}
+        if item.kind == "grade":
+            facts |= {"note": item.note, "rubric": {"criteria": inputs.criteria}}
+        return facts
+
+    def _seed(self, item: Item) -> int:
+        """Return an item's own seed (31 bits, which every provider takes), from the run's."""
+        digest = self._seeds[item.kind].copy()
+        digest.update(b"%d" % item.ordinal)
+        return int.from_bytes(digest.digest(), "big") >> 1
