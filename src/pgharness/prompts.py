@@ -129,7 +129,8 @@ def _variables(text: str, kind: str) -> set[str]:
     """Return what a template's text depends on; not a grade's note, when it only stands there as it is."""
     tree = _ENVIRONMENT.parse(text)
     names = jinja2.meta.find_undeclared_variables(tree)
-    names |= {used.name for used in tree.find_all(nodes.Filter) if used.name == "random"}
+    names |= {used.name for used in tree.find_all(nodes.Filter)} & {"random"}
+    names |= {used.name for used in tree.find_all(nodes.Name)} & {"lipsum"}  # a function that makes up a text
     inserted = [part for output in tree.find_all(nodes.Output) for part in output.nodes if _is_note(part)]
     is_inserted = (
         len(inserted) == sum(map(_is_note, tree.find_all(nodes.Name))) and next(tree.find_all(_CAPTURES), None) is None

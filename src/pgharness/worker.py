@@ -256,6 +256,7 @@ def _process_main(options: WorkerOptions, parent_pid: int, pulse: c_double) -> N
         for noisy in ("procrastinate", "httpx", "psycopg.pool"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
     # what is here now stays; and the calls in flight are many objects, which need not be looked through so often
+    sys.setswitchinterval(0.001)  # the recorder has little to do at a time, and what it does is waited for
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
     try:

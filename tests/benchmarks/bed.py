@@ -50,6 +50,8 @@ _TURNS = (
     ("Patient", "Should I stay at home? I work in a kitchen with eleven other people."),
     ("Doctor", "Yes, until the fever has been gone for a day. Come back at once if breathing gets harder."),
 )
+_QUESTION = "A clinic sees 12 patients in the morning and twice as many in the afternoon. How many is that in a day?"
+_ANSWER = "36"
 CRITERIA = (
     {"criterion": "Records the cough of nine days with fever up to 38.7 degrees.", "weight": 30},
     {"criterion": "Records the asthma and the allergy to penicillin.", "weight": 30},
@@ -63,7 +65,7 @@ NOTE = (
 _WORLD = """
 insert into pgharness.models (name, provider, model, base_url, parameters)
 select %(model)s || '-' || i, %(provider)s, %(model)s, %(base_url)s, %(parameters)s from generate_series(1, %(combinations)s) as i;
-insert into pgharness.cases (name, input) select 'case-' || i, %(input)s from generate_series(1, %(cases)s) as i;
+insert into pgharness.cases (name, input, target) select 'case-' || i, %(input)s, %(target)s from generate_series(1, %(cases)s) as i;
 insert into pgharness.rubrics (case_name, author, validation, criteria)
 select 'case-' || i, 'author-' || a, 'accepted', %(criteria)s from generate_series(1, %(cases)s) as i, generate_series(1, %(authors)s) as a;
 insert into pgharness.instances (name, note_replications, rubrics_per_case) values ('bench', 1, %(authors)s);
@@ -273,18 +275,20 @@ def make_world(
     cases: int = CASE_COUNT,
     authors: int = 1,
     combinations: int = 1,
+    are_brief: bool = False,
 ) -> None:
     """Define instance `bench`: cases with a rubric by each author, and simulated models (or the stub's) that both
-    write the notes and grade them."""
+    write the notes and grade them. Brief cases are questions of a line, whose answers are graded by their target."""
     values = {
         "model": "stub" if base_url else "simulated",
         "provider": "openai_compatible" if base_url else "simulator",
         "base_url": base_url,
         "parameters": "{}" if base_url else json.dumps({"latency_seconds": latency, "latency_spread": 0}),
         "cases": cases,
-        "authors": authors,
+        "authors": 0 if are_brief else authors,
         "combinations": combinations,
-        "input": json.dumps({"transcript": [{"speaker": speaker, "text": text} for speaker, text in _TURNS]}),
+        "input": json.dumps(_QUESTION if are_brief else {"transcript": [{"speaker": s, "text": t} for s, t in _TURNS]}),
+        "target": json.dumps(_ANSWER) if are_brief else None,
         "criteria": json.dumps(CRITERIA),
     }
     with psycopg.ClientCursor(connection) as cursor:  # it sends several statements with their values in one go

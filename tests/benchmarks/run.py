@@ -44,7 +44,7 @@ def lines(bed: Bed, wanted: set[str], inspect_python: Path | None) -> Iterator[L
         yield from figures.items(bed)
     if "inspect" in wanted and inspect_python is not None:
         yield from comparison.inspect(bed, inspect_python)
-    simulated = windows.Windows(bed)
+    simulated = windows.Windows(bed, are_brief=True)
     if "calls" in wanted:
         yield from windows.calls(bed, simulated)
     if wanted & {"http", "memory"}:

@@ -143,3 +143,49 @@ def test_a_malformed_template_is_refused_with_its_name_and_line(system: str, use
         Prompt("note", system, user)
     assert str(caught.value).startswith(problem)
     assert not caught.value.is_retryable
+
+
+SHARED = {"criteria": [{"number": 1, "criterion": "says so"}], "rubric_author": "ann", "config": {"style": "brief"}}
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        "{{ note }}",
+        "Grade {{ case_name }}: {% for c in criteria %}{{ c.number }} {{ c.criterion }} {% endfor %}<{{ note }}>",
+        "{% if target is not none %}{{ note }}{% endif %}{{ note }}",
+        "by {{ rubric_author }} in a {{ config.style }} style, no note at all",
+    ],
+)
+@pytest.mark.parametrize("note", ["Rest for 3 days.", "{{ note }} {% x %}", "a\nb\\", ""])
+def test_an_outline_says_what_a_rendering_says(user: str, note: str) -> None:
+    shared = case_facts(CASE) | SHARED
+    prompt = Prompt("grade", "You grade.", user)
+    outline = prompt.outline(shared)
+    assert outline is not None
+    assert outline.messages(note) == prompt.render({**shared, "overlap": 0, "replication": 1, "note": note})
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        "{{ note | upper }}",
+        "{{ note ~ 'x' }}",
+        "{% if note %}a{% endif %}",
+        "{% set text %}{{ note }}{% endset %}{{ text | length }}",
+        "{% filter upper %}{{ note }}{% endfilter %}",
+        "{% macro shout() %}{{ note }}{% endmacro %}{{ shout() | upper }}",
+        "{{ note }} {{ replication }}",
+        "{{ note }} {{ overlap }}",
+        "{{ ['a', 'b'] | random }} {{ note }}",
+        "{{ lipsum() }}",
+        "{{ transcrypt }}",
+        "{{ 1 // 0 }}",
+    ],
+)
+def test_messages_that_may_differ_have_no_outline(user: str) -> None:
+    assert Prompt("grade", "", user).outline(case_facts(CASE) | SHARED) is None
+
+
+def test_a_note_is_nothing_that_a_note_prompt_could_use() -> None:
+    assert Prompt("note", "", "{{ note }}").outline(case_facts(CASE) | {"config": {}}) is None
