@@ -1,8 +1,9 @@
 -- Recording outcomes: notes, grades, failures, calls and counters, in one transaction with the work that follows from them.
 
+-- The generic plan: most groups are small, and to plan one anew takes as long as to record it.
 create or replace function pgharness.record_outcomes(worker_id bigint, outcomes jsonb, keeps_grades boolean default false)
     returns table (run_id bigint, status text, epoch integer, priority integer, kept_notes bigint[])
-    language plpgsql volatile security definer set search_path = pgharness, pg_temp set enable_seqscan = off
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 declare
     v_outcomes   outcome[] := array(select distinct on (o.run_id, o.kind, o.ordinal, o.result) o from jsonb_populate_recordset(null::outcome, outcomes) as o);
