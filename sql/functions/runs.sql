@@ -202,6 +202,19 @@ comment on function pgharness._delete_items() is
 create or replace trigger _100_delete_items before delete on pgharness.runs
     for each row execute function pgharness._delete_items();
 
+create or replace function pgharness._delete_inputs() returns trigger
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+begin
+    delete from run_rubrics as rr where rr.run_id = old.id;
+    delete from run_cases as rc where rc.run_id = old.id;
+    return null;
+end;
+$$;
+comment on function pgharness._delete_inputs() is 'Delete a run''s frozen cases and rubrics once it is gone: until then they cannot be changed.';
+create or replace trigger _900_delete_inputs after delete on pgharness.runs
+    for each row execute function pgharness._delete_inputs();
+
 create or replace function pgharness._announce_run() returns trigger
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
