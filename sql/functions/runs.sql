@@ -212,7 +212,7 @@ begin
 end;
 $$;
 comment on function pgharness._delete_inputs() is 'Delete a run''s frozen cases and rubrics once it is gone: until then they cannot be changed.';
-create or replace trigger _900_delete_inputs after delete on pgharness.runs
+create or replace trigger _500_delete_inputs after delete on pgharness.runs
     for each row execute function pgharness._delete_inputs();
 
 create or replace function pgharness._announce_run() returns trigger
@@ -426,7 +426,8 @@ begin
            max_concurrency = case when adjust_run.max_concurrency = 0 then null else coalesce(adjust_run.max_concurrency, r.max_concurrency) end
      where r.id = v_run.id;
     if adjust_run.priority <> v_run.priority and _queue_exists() then
-        -- a job that somebody holds ends, or is being put back and waits for our lock of the run: no need to wait for it, and so for each other
+        -- a job that somebody holds is not waited for, lest a sweep that holds it wait for us: it ends, is put back with the new priority, or at worst
+        -- keeps the old one
         update procrastinate.procrastinate_jobs as j set priority = j.priority + (adjust_run.priority - v_run.priority) * 1000000
          where j.id = any (array(select w.id from procrastinate.procrastinate_jobs as w
                                   where w.status in ('todo', 'doing') and w.task_name = 'pgharness.slice' and (w.args ->> 'run_id')::bigint = v_run.id

@@ -1,5 +1,5 @@
--- A run's cases and rubrics are written once, by the insert of the run itself: to look the run up again for each of them took a quarter of the time of a
--- large start. What deletes a run deletes them.
+-- A run's cases and rubrics need not look their run up one by one: a quarter of a large start. Briefly locks runs, run_cases and run_rubrics exclusively.
+-- They are written once, by the insert of the run itself, and what deletes a run deletes them.
 -- Workers are stopped while a migration runs, so it may lock what they write.
 -- squawk-ignore-file ban-drop-constraint
 

@@ -35,12 +35,21 @@ class _Environment(ImmutableSandboxedEnvironment):
 _ENVIRONMENT = _Environment(undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
 
 
-_CAPTURES: tuple[type[nodes.Node], ...] = (
-    nodes.FilterBlock,
-    nodes.CallBlock,
-    nodes.Macro,
-    nodes.AssignBlock,
-)  # what is said in them may be changed
+# What a template may consist of so that text which is inserted stays as it is: nothing that calls or captures.
+_PLAIN = (
+    *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.If, nodes.For, nodes.Name, nodes.Const, nodes.Getattr),
+    *(
+        nodes.Getitem,
+        nodes.Filter,
+        nodes.Test,
+        nodes.Compare,
+        nodes.Operand,
+        nodes.BinExpr,
+        nodes.UnaryExpr,
+        nodes.CondExpr,
+    ),
+    *(nodes.List, nodes.Tuple),
+)
 _MARKS = re.compile(r"\{[{%#]")
 _NOTE_MARK = f"<note {token_hex(16)}>"
 
@@ -129,13 +138,17 @@ def _variables(text: str, kind: str) -> set[str]:
     """Return what a template's text depends on; not a grade's note, when it only stands there as it is."""
     tree = _ENVIRONMENT.parse(text)
     names = jinja2.meta.find_undeclared_variables(tree)
-    names |= {used.name for used in tree.find_all(nodes.Filter)} & {"random"}
-    names |= {used.name for used in tree.find_all(nodes.Name)} & {"lipsum"}  # a function that makes up a text
+    # chance, and whatever might be: these are names that no values have
+    names |= {type(node).__name__ for node in tree.find_all(nodes.Node) if not _is_plain(node)}
     inserted = [part for output in tree.find_all(nodes.Output) for part in output.nodes if _is_note(part)]
-    is_inserted = (
-        len(inserted) == sum(map(_is_note, tree.find_all(nodes.Name))) and next(tree.find_all(_CAPTURES), None) is None
-    )
+    is_inserted = len(inserted) == sum(map(_is_note, tree.find_all(nodes.Name)))
     return names - {"note"} if kind == "grade" and is_inserted else names
+
+
+def _is_plain(node: nodes.Node) -> bool:
+    if isinstance(node, nodes.Filter):
+        return node.name not in ("random", "map")  # which may name the other
+    return isinstance(node, _PLAIN) and not (isinstance(node, nodes.For) and node.recursive)
 
 
 def _is_note(node: nodes.Node) -> bool:
@@ -167,10 +180,3 @@ def case_facts(case: Mapping[str, Any]) -> dict[str, Any]:
         "target": None if target is None else text_of(target),
         "metadata": case.get("metadata") or {},
     }
-
-
-def case_values(
-    case: Mapping[str, Any], *, config: Mapping[str, Any], overlap: int, replication: int
-) -> dict[str, Any]:
-    """Return what templates see of a case in one item."""
-    return {**case_facts(case), "config": config, "overlap": overlap, "replication": replication}

@@ -234,7 +234,7 @@ class _Process:
                 continue
             try:
                 swept = await self._pool.call_within(
-                    self._stale_seconds * 0.3, "sweep", stale_after=f"{self._stale_seconds} seconds"
+                    self._stale_seconds * 0.15, "sweep", stale_after=f"{self._stale_seconds} seconds"
                 )
                 if swept[0]["sweep"]:
                     logger.warning("%s slices of lost workers were queued again", swept[0]["sweep"])
@@ -255,8 +255,8 @@ def _process_main(options: WorkerOptions, parent_pid: int, pulse: c_double) -> N
     if options.log_level > logging.DEBUG:
         for noisy in ("procrastinate", "httpx", "psycopg.pool"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
-    # what is here now stays; and the calls in flight are many objects, which need not be looked through so often
     sys.setswitchinterval(0.001)  # the recorder has little to do at a time, and what it does is waited for
+    # what is here now stays; and the calls in flight are many objects, which need not be looked through so often
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
     try:

@@ -17,7 +17,7 @@ from figures import Line, whole_run
 from windows import CALL_SECONDS
 
 from pgharness.grading import criteria_values, verdict_schema
-from pgharness.prompts import Prompt, case_values
+from pgharness.prompts import Prompt, case_facts
 
 _CONCURRENCY = 100
 HOW_TO = (
@@ -73,7 +73,7 @@ def _task(bed: Bed, *, samples: int, base_url: str | None) -> dict[str, Any]:
         ).fetchall()
         [case] = connection.execute("select name, input, target, metadata from pgharness.cases").fetchall()
     columns = ("name", "input", "target", "metadata")
-    values = case_values(dict(zip(columns, case, strict=True)), config={}, overlap=100, replication=1)
+    values = case_facts(dict(zip(columns, case, strict=True))) | {"config": {}, "overlap": 100, "replication": 1}
     criteria = criteria_values({"criteria": CRITERIA})
     graded = values | {"note": "{note}", "criteria": criteria, "rubric_author": "author-1"}
     verdicts = [{"rationale": "The note says so, in its first and in its last line.", "satisfaction": 80}]

@@ -118,7 +118,7 @@ def calls(bed: Bed, windows: Windows) -> Iterator[Line]:
             [bed.commit_ms] * len(seen),
             limit=_DURABLE_MS,
         )
-    long = Windows(bed)
+    level, long = max(LEVELS), Windows(bed)
     seen = [long.look(level) for _ in range(bed.repeats)]
     yield _share(f"the same {level:,}, but whole notes by four criteria are made up", level, seen, None)
 

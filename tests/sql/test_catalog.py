@@ -47,7 +47,7 @@ SECURITY_DEFINERS = {
         "import_run import_run_items finish_imported_run _import_definition"
     ),
     "the queue's tables are for workers and for these": "_defer _defer_range _defer_list _put_back _kept_grades share_slice next_run take_job",
-    "who deletes a run deletes what belongs to it": "_delete_items",
+    "who deletes a run deletes what belongs to it": "_delete_items _delete_inputs",
     "workers record what they did, and may write no table of ours": (
         "load_run load_slice load_inputs record_outcomes charge_crash _missing _missing_grades _record_notes _record_grades"
         " _record_failures _record_calls _advance_run"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pgharness.errors import RequestRejected
-from pgharness.prompts import Prompt, case_facts, case_values, text_of
+from pgharness.prompts import Prompt, case_facts, text_of
 from pgharness.types import Message
 
 TURNS = [{"speaker": "Doctor", "text": "Any cough?"}, {"speaker": "Patient", "text": "No."}]
@@ -15,7 +15,7 @@ CASE = {"name": "visit-1", "input": TURNS, "target": {"plan": "rest"}, "metadata
 
 
 def values(**fields: Any) -> dict[str, Any]:
-    return case_values(CASE | fields, config={"style": "brief"}, overlap=50, replication=2)
+    return case_facts(CASE | fields) | {"config": {"style": "brief"}, "overlap": 50, "replication": 2}
 
 
 def rendered(template: str, system: str = "", **fields: Any) -> tuple[Message, ...]:
@@ -179,6 +179,10 @@ def test_an_outline_says_what_a_rendering_says(user: str, note: str) -> None:
         "{{ note }} {{ overlap }}",
         "{{ ['a', 'b'] | random }} {{ note }}",
         "{{ lipsum() }}",
+        "{{ [['a', 'b']] | map('random') | first }} {{ note }}",
+        "{% autoescape true %}{{ note }}{% endautoescape %}",
+        "{% block body %}{{ note }}{% endblock %}{{ self.body() | upper }}",
+        "{% for x in [[[]]] recursive %}{{ note }}{{ loop(x) | upper }}{% endfor %}",
         "{{ transcrypt }}",
         "{{ 1 // 0 }}",
     ],

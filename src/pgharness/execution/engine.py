@@ -284,6 +284,8 @@ class Engine:
             raise
         finally:
             run.slices -= 1
+            if not run.slices and not run.items:
+                run.definition.requests.forget()
         if not opened.is_whole and run.wants(work):
             raise HandedBack
 

@@ -26,8 +26,8 @@ class _Inputs:
     case: Row
     rubric: Row | None
     criteria: list[Row]
-    values: Row  # what templates see in all items of these inputs
     outline: Outline | None  # of the messages, unless they differ by more than the note
+    values: Row  # if there is none: what templates see in all items of these inputs
 
 
 class Requests:
@@ -80,11 +80,16 @@ class Requests:
             if item.kind == "grade":
                 criteria = criteria_values(item.rubric)
                 values |= {"criteria": criteria, "rubric_author": (item.rubric or {}).get("author")}
-            inputs = _Inputs(item.case, item.rubric, criteria, values, prompt.outline(values))
+            outline = prompt.outline(values)
+            inputs = _Inputs(item.case, item.rubric, criteria, outline, values if outline is None else {})
             self._inputs[key] = inputs
             if len(self._inputs) > _CACHED_INPUTS:
                 self._inputs.popitem(last=False)
         return inputs
+
+    def forget(self) -> None:
+        """Give back the memory of what was made for items; for a run that has none here now."""
+        self._inputs.clear()
 
     def _messages(self, item: Item, prompt: Prompt, inputs: _Inputs) -> tuple[Message, ...]:
         note = text_of(item.note) if item.kind == "grade" else ""
