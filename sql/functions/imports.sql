@@ -180,13 +180,15 @@ begin
            jsonb_array_length(run -> 'cases'), count(*), array(select o::integer from jsonb_array_elements_text(run -> 'overlaps') as o),
            greatest(max(c.grades_per_note), 1)
       from run_combinations as c where c.run_id = _import_definition.run_id;
+    if exists (select from jsonb_to_recordset(run -> 'rubrics') as rr (case_number integer, rubric_id bigint)
+                where rr.case_number not between 0 and jsonb_array_length(run -> 'cases') - 1
+                   or not exists (select from rubrics as x where x.id = rr.rubric_id)) then
+        raise exception 'run "%" names a rubric that does not exist, or one of a case that it does not have', run ->> 'key'
+            using errcode = 'PH001', hint = 'Import rubrics first; name them by their ids, and their cases by their places in "cases", from 0.';
+    end if;
     insert into run_rubrics (run_id, case_number, number, rubric_id)
     select _import_definition.run_id, rr.case_number, rr.number, rr.rubric_id
       from jsonb_to_recordset(run -> 'rubrics') as rr (case_number integer, number integer, rubric_id bigint);
-    if exists (select from run_rubrics as rr where rr.run_id = _import_definition.run_id and rr.case_number not between 0 and jsonb_array_length(run -> 'cases') - 1) then
-        raise exception 'run "%" has a rubric of a case that it does not have', run ->> 'key'
-            using errcode = 'PH001', hint = format('Number its cases from 0: there are %s.', jsonb_array_length(run -> 'cases'));
-    end if;
     update runs as r
        set note_count = plan.places * d.combination_count, grade_count = plan.places * plan.grades_per_note
       from run_definitions as d

@@ -841,7 +841,7 @@ def test_a_run_made_elsewhere_can_be_imported_with_sql_alone(url: str) -> None:
         ({"instance": "nowhere"}, 'instance "nowhere" does not exist'),
         ({"cases": [987654]}, "names a case or a model that does not exist"),
         ({"combinations": [{"name": "a", "generator_id": 987654}]}, "names a case or a model that does not exist"),
-        ({"rubrics": [{"case_number": 99, "number": 1, "rubric_id": 1}]}, "a rubric of a case that it does not have"),
+        ({"rubrics": [{"case_number": 99, "number": 1, "rubric_id": 1}]}, "one of a case that it does not have"),
         ({"key": "mine"}, 'run "own/1" was not imported, and has the key "mine"'),
     ],
 )
