@@ -43,9 +43,6 @@ alter table pgharness.grades drop constraint grades_note_fkey;
 -- squawk-ignore ban-drop-constraint
 alter table pgharness.calls drop constraint calls_run_id_fkey;
 
-alter type pgharness.outcome add attribute epoch integer;
-comment on column pgharness.outcome.epoch is 'The epoch of the slice that it was tried in; null counts as the run''s present one.';
-
 -- Functions whose signatures changed; functions/ makes them anew.
 drop function if exists pgharness.start_run(text, text, text, double precision, integer, text);
 drop function if exists pgharness.load_slice(bigint, jsonb);

@@ -1,6 +1,4 @@
 -- What statistics read, and no more of it: a grade's score as a share, within its primary key; calls that failed. Rewrites table grades under an exclusive lock.
--- Workers are stopped while a migration runs, so it may lock what they write.
--- squawk-ignore-file adding-field-with-default, adding-serial-primary-key-field, ban-drop-constraint, constraint-missing-not-valid, require-concurrent-index-creation
 
 alter table pgharness.grades
     drop constraint grades_pkey,

@@ -37,18 +37,24 @@ _ENVIRONMENT = _Environment(undefined=jinja2.StrictUndefined, autoescape=False, 
 
 # What a template may consist of so that text which is inserted stays as it is: nothing that calls or captures.
 _PLAIN = (
-    *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.If, nodes.For, nodes.Name, nodes.Const, nodes.Getattr),
-    *(
-        nodes.Getitem,
-        nodes.Filter,
-        nodes.Test,
-        nodes.Compare,
-        nodes.Operand,
-        nodes.BinExpr,
-        nodes.UnaryExpr,
-        nodes.CondExpr,
-    ),
-    *(nodes.List, nodes.Tuple),
+    nodes.Template,
+    nodes.Output,
+    nodes.TemplateData,
+    nodes.If,
+    nodes.For,
+    nodes.Name,
+    nodes.Const,
+    nodes.Getattr,
+    nodes.Getitem,
+    nodes.Filter,
+    nodes.Test,
+    nodes.Compare,
+    nodes.Operand,
+    nodes.BinExpr,
+    nodes.UnaryExpr,
+    nodes.CondExpr,
+    nodes.List,
+    nodes.Tuple,
 )
 _MARKS = re.compile(r"\{[{%#]")
 _NOTE_MARK = f"<note {token_hex(16)}>"
