@@ -26,7 +26,7 @@ begin
 
     -- reading: the functions that views and plain look-ups need
     grant execute on function pgharness.clock(), pgharness._note_place(pgharness.run_definitions, bigint),
-        pgharness._grade_place(pgharness.run_combinations, integer), pgharness._target_criteria(), pgharness._run_progress(pgharness.runs), pgharness._cell_count(bigint), pgharness._scores(bigint),
+        pgharness._grade_place(pgharness.run_combinations, integer), pgharness._target_criteria(), pgharness._run_progress(pgharness.runs), pgharness._cell_count(bigint), pgharness._cost_usd(pgharness.runs), pgharness._scores(bigint),
         pgharness._note_scores(bigint), pgharness._author_pairs(bigint), pgharness._replication_spread(bigint), pgharness._call_sums(bigint),
         pgharness._call_totals(bigint), pgharness._call_latencies(bigint), pgharness._open_blocks(bigint, text) to pgharness_reader, pgharness_worker;
 
@@ -43,12 +43,17 @@ begin
     end loop;
     revoke execute on function
         pgharness.load_run(bigint), pgharness.load_inputs(bigint, bigint[], bigint[], bigint[]),
-        pgharness.load_slice(bigint, jsonb), pgharness.next_run(text[]), pgharness.take_job(text[], bigint, bigint[]),
+        pgharness.load_slice(bigint, jsonb), pgharness.next_run(text[]), pgharness.take_job(text[], bigint, bigint[], bigint[], text[]),
         pgharness.record_outcomes(bigint, jsonb, boolean), pgharness.charge_crash(bigint, text, bigint),
         pgharness.register_worker(text, integer, text, text[], integer, jsonb), pgharness.attach_queue_worker(bigint, bigint),
         pgharness.heartbeat(bigint, jsonb, text, bigint[], bigint[], integer), pgharness.share_slice(bigint, bigint, bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),
         pgharness.lease_model(bigint, bigint, integer, integer), pgharness.lease_run(bigint, bigint, integer, integer), pgharness.take_requests(bigint, integer, bigint),
-        pgharness.block_model(bigint, double precision)
+        pgharness.block_model(bigint, double precision),
+        pgharness.add_tasks(bigint, bigint, integer, text, text, text, integer), pgharness.map_state(bigint, bigint, text), pgharness.map_results(bigint, bigint, text),
+        pgharness.load_code(bigint), pgharness.load_tasks(bigint, jsonb), pgharness.start_version(bigint, bigint), pgharness.record_tasks(bigint, bigint, jsonb),
+        pgharness.lose_tasks(bigint, bigint[], text, integer), pgharness.fail_run(bigint, text), pgharness.expire_runs(),
+        pgharness.record_told(bigint, bigint, jsonb, jsonb), pgharness.keep_artifact(bigint, bigint, integer, text, text, bytea),
+        pgharness.serve_experiments(bigint, text[]), pgharness.load_model(text), pgharness.join_queue(bigint), pgharness.end_slice(bigint)
         from pgharness_author;
 
     -- archiving deletes what the harness wrote: for the owner, as deleting a run is
@@ -63,12 +68,19 @@ begin
     grant execute on all functions in schema procrastinate to pgharness_worker;
     grant execute on function
         pgharness.load_run(bigint), pgharness.load_inputs(bigint, bigint[], bigint[], bigint[]),
-        pgharness.load_slice(bigint, jsonb), pgharness.next_run(text[]), pgharness.take_job(text[], bigint, bigint[]),
+        pgharness.load_slice(bigint, jsonb), pgharness.next_run(text[]), pgharness.take_job(text[], bigint, bigint[], bigint[], text[]),
         pgharness.record_outcomes(bigint, jsonb, boolean), pgharness.charge_crash(bigint, text, bigint),
         pgharness.register_worker(text, integer, text, text[], integer, jsonb), pgharness.attach_queue_worker(bigint, bigint),
         pgharness.heartbeat(bigint, jsonb, text, bigint[], bigint[], integer), pgharness.share_slice(bigint, bigint, bigint[]), pgharness.lose_worker(text, integer), pgharness.sweep(interval),
         pgharness.lease_model(bigint, bigint, integer, integer), pgharness.lease_run(bigint, bigint, integer, integer), pgharness.take_requests(bigint, integer, bigint),
-        pgharness.block_model(bigint, double precision), pgharness.log(bigint, text, text, jsonb), pgharness.record_result(bigint, text, jsonb)
+        pgharness.block_model(bigint, double precision),
+        pgharness.add_tasks(bigint, bigint, integer, text, text, text, integer), pgharness.map_state(bigint, bigint, text), pgharness.map_results(bigint, bigint, text),
+        pgharness.load_code(bigint), pgharness.load_tasks(bigint, jsonb), pgharness.start_version(bigint, bigint), pgharness.record_tasks(bigint, bigint, jsonb),
+        pgharness.lose_tasks(bigint, bigint[], text, integer), pgharness.fail_run(bigint, text), pgharness.expire_runs(),
+        pgharness.record_told(bigint, bigint, jsonb, jsonb), pgharness.keep_artifact(bigint, bigint, integer, text, text, bytea),
+        pgharness.serve_experiments(bigint, text[]), pgharness.load_model(text), pgharness.join_queue(bigint), pgharness.end_slice(bigint),
+        pgharness.register_experiment(text, text, text, text, text, text, jsonb, double precision, integer, integer, text, boolean, text, boolean),
+        pgharness.log(bigint, text, text, jsonb), pgharness.record_result(bigint, text, jsonb)
         to pgharness_worker;
 exception when insufficient_privilege then
     raise warning 'pgharness roles were not set up (%): only the owner of schema pgharness can use it', sqlerrm;

@@ -80,7 +80,7 @@ class CommandLine:
 
     def work(self, *arguments: str, timeout: float = 60) -> Done:
         """Let one worker process do the work of all runs that are running."""
-        return self.run("worker", "--exit-when-idle", *arguments, timeout=timeout)
+        return self.run("worker", "--exit-when-idle", "--queues", "note,grade", *arguments, timeout=timeout)
 
 
 def _expected(done: Done, status: int | None) -> Done:

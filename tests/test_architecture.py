@@ -23,13 +23,14 @@ ROWS = (
     {"cli", "sqldoc"},
     {"worker", "web"},
     {"queue"},
-    {"clinical_runner", "execution", "experiment", "report"},
+    {"sdk"},
+    {"clinical_runner", "execution", "report"},
     {"archiving", "datasets", "grading", "importing", "metrics", "trace", "telemetry", "training", "redteam"},
     {"gateway", "prompts"},
     {"schema"},
     {"database", "embedded"},
     {"settings"},
-    {"errors", "types", "stats"},
+    {"environment", "errors", "types", "stats"},
     {"__init__"},
 )
 RANK = {unit: rank for rank, row in enumerate(reversed(ROWS)) for unit in row}
@@ -132,8 +133,11 @@ def test_only_the_database_layer_holds_sql() -> None:
 
 
 def test_public_names() -> None:
-    for module, names in {"pgharness": ["__version__"], "pgharness.gateway": ["Gateway"]}.items():
+    sdk = ["AsyncContext", "Cancelled", "Context", "RunType", "Runnable", "TaskFailed", "Tracker", "batch_processor"]
+    sdk += ["experiment", "llm_call", "metric", "timer"]
+    for module, names in {"pgharness": ["__version__", *sdk], "pgharness.gateway": ["Gateway"]}.items():
         assert importlib.import_module(module).__all__ == names
+        assert all(hasattr(importlib.import_module(module), name) for name in names)
 
 
 def test_files_stay_readable() -> None:

@@ -18,10 +18,17 @@ as $$
            (12, 'calls',            '{kind,ordinal,attempt,started_at,id}',        't.run_id = $1', true),
            (13, 'failures',         '{kind,ordinal}',                              't.run_id = $1', false),
            (14, 'results',          '{key,id}',                                    't.run_id = $1', true),
-           (15, 'logs',             '{id}',                                        't.run_id = $1', true);
+           (15, 'logs',             '{id}',                                        't.run_id = $1', true),
+           (16, 'run_versions',     '{version_id}',                                't.run_id = $1', false),
+           (17, 'tasks',            '{ordinal}',                                   't.run_id = $1', false),
+           (18, 'metrics',          '{id}',                                        't.run_id = $1', false),
+           (19, 'timings',          '{id}',                                        't.run_id = $1', false),
+           (20, 'logged_calls',     '{id}',                                        't.run_id = $1', false),
+           (21, 'artifacts',        '{id}',                                        't.run_id = $1', false),
+           (22, 'progress_reports', '{run_id}',                                    't.run_id = $1', false);
 $$;
 comment on function pgharness._archive_members() is
-'The tables in an archive, in the order in which their rows can come back: the key that orders a run''s rows, which rows are its own ($1 is the run), and whether they leave the database. Failures stay: they are few, say what failed, and make retry_failed() refuse.';
+'The tables in an archive, in the order in which their rows can come back: the key that orders a run''s rows, which rows are its own ($1 is the run), and whether they leave the database. Failures stay: they are few, say what failed, and make retry_failed() refuse. So does what a run of code told beside its results and its log.';
 
 create or replace function pgharness._line_checksum(line text) returns bigint
     language sql stable security invoker             -- no pinned path: it names nothing, and is inlined, since it promises no more than convert_to()

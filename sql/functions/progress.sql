@@ -18,12 +18,19 @@ declare
     v_left        double precision := case when run.status = 'running' then (run.note_count - v_notes + v_grades_left) / nullif(v_speed, 0) end;
 begin
     percent_done := trunc(100.0 * (v_notes + v_grades + run.grades_skipped) / nullif(run.note_count + run.grade_count, 0), 1);
+    if run.task_count > 0 then
+        percent_done := case when run.status = 'completed' then 100
+                             else coalesce((select trunc((100 * greatest(least(p.position / nullif(p.total, 0), 1), 0))::numeric, 1) from progress_reports as p where p.run_id = run.id),
+                                           trunc(100.0 * (run.tasks_succeeded + run.tasks_failed) / run.task_count, 1)) end;
+        v_speed := (run.tasks_succeeded + run.tasks_failed) / nullif(v_active, 0);
+        v_left := null;
+    end if;
     items_per_second := round(v_speed::numeric, 3);
     seconds_left := round(v_left::numeric, 1);
     expected_finish_at := v_now + make_interval(secs => v_left);
     active_seconds := round(v_active::numeric, 1);
     projected_cost_usd := round(
-        case when run.finished_at is not null then run.note_cost_usd + run.grade_cost_usd
+        case when run.finished_at is not null then _cost_usd(run)
              when v_grades_left = 0 then run.note_cost_usd * run.note_count / nullif(v_notes, 0) + run.grade_cost_usd
              else run.note_cost_usd * run.note_count / nullif(v_notes, 0) + run.grade_cost_usd * (v_grades + v_grades_left) / nullif(v_grades, 0) end, 6);
     select count(*) filter (where f.kind = 'note'), count(*) into notes_waiting, grades_waiting
@@ -218,7 +225,7 @@ as $$
 declare
     v_notes        bigint := (select r.note_count from runs as r where r.id = _open_blocks.run_id);
     v_combinations bigint := (select d.combination_count from run_definitions as d where d.run_id = _open_blocks.run_id);
-    v_size         bigint := v_combinations * (1000 / v_combinations + 1);
+    v_size         bigint := v_combinations * (1000 / nullif(v_combinations, 0) + 1);  -- null of code, which has none
     v_planned      bigint := case when kind = 'note' then v_combinations
                                   else (select sum(c.grades_per_note) from run_combinations as c where c.run_id = _open_blocks.run_id) end;
 begin

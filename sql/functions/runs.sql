@@ -7,6 +7,11 @@ as $$
 $$;
 comment on function pgharness._receipt(bigint) is 'What a run control function answers about a run.';
 
+create or replace function pgharness._cost_usd(run pgharness.runs) returns numeric
+    language sql immutable security invoker          -- no pinned path: it names nothing, and is inlined
+as $$ select (run).note_cost_usd + (run).grade_cost_usd + (run).task_cost_usd; $$;
+comment on function pgharness._cost_usd(pgharness.runs) is 'What a run has cost so far.';
+
 create or replace function pgharness._plan_run() returns trigger
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
@@ -39,13 +44,21 @@ create or replace function pgharness._freeze_run() returns trigger
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
-    v_notes  bigint;
-    v_grades bigint;
+    v_is_code boolean := (select e.kind = 'code' from instances as i join experiments as e on e.id = i.experiment_id where i.id = new.instance_id);
+    v_notes   bigint;
+    v_grades  bigint;
 begin
-    if new.rerun_of_id is null then
-        perform _freeze_instance(new.id, new.instance_id);
-    else
+    if new.rerun_of_id is not null then
         perform _copy_definition(new.rerun_of_id, new.id);
+        v_is_code := (select d.definition ? 'code' from run_definitions as d where d.run_id = new.id);
+    elsif v_is_code then
+        perform _freeze_code(new.id, new.instance_id);
+    else
+        perform _freeze_instance(new.id, new.instance_id);
+    end if;
+    if v_is_code then
+        perform _plan_code(new.id);
+        return null;
     end if;
     select d.case_count::bigint * d.combination_count * cardinality(d.transcript_overlaps) * (d.definition ->> 'note_replications')::integer,
            d.case_count::bigint * cardinality(d.transcript_overlaps) * (d.definition ->> 'note_replications')::integer
@@ -57,7 +70,7 @@ begin
     return null;
 end;
 $$;
-comment on function pgharness._freeze_run() is 'Freeze what a new run uses, count its plan, and queue its notes: all in the transaction of the insert.';
+comment on function pgharness._freeze_run() is 'Freeze what a new run uses, count its plan, and queue its notes, or its code: all in the transaction of the insert.';
 
 create or replace function pgharness._freeze_instance(run_id bigint, instance_id bigint) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -256,6 +269,14 @@ end;
 $$;
 comment on function pgharness._set_status(bigint, text, text) is 'Move a run to a state, keeping its clock, and drop its waiting jobs unless it runs.';
 
+create or replace function pgharness._pause_at_budget(run pgharness.runs) returns void
+    language sql volatile security definer set search_path = pgharness, pg_temp
+as $$
+    select _set_status((run).id, 'paused', format('the budget of %s USD is spent (%s USD); continue with: select pgharness.resume_run(%s, budget_usd => %s);',
+                                                  trim_scale((run).budget_usd), round(_cost_usd(run), 4), (run).id, trim_scale((run).budget_usd * 2)));
+$$;
+comment on function pgharness._pause_at_budget(pgharness.runs) is 'Pause a run that has spent its budget, saying how to go on.';
+
 create or replace function pgharness._settle_run(run_id bigint) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
@@ -268,16 +289,19 @@ begin
         return;
     end if;
     v_failed := v_run.notes_failed + v_run.grades_failed + v_run.grades_skipped;
-    if v_failed > v_run.failure_threshold * (v_run.note_count + v_run.grade_count) then
+    if v_run.task_count > 0 then                        -- code ends when its function does
+        if v_run.status = 'running' and v_run.task_cost_usd >= v_run.budget_usd then
+            perform _pause_at_budget(v_run);
+        end if;
+    elsif v_failed > v_run.failure_threshold * (v_run.note_count + v_run.grade_count) then
         perform _set_status(v_run.id, 'failed', format('%s notes and %s grades failed (%s grades of failed notes are skipped), more than %s%% of %s',
                                                        v_run.notes_failed, v_run.grades_failed, v_run.grades_skipped, round((v_run.failure_threshold * 100)::numeric, 2),
                                                        v_run.note_count + v_run.grade_count));
     elsif v_run.notes_succeeded + v_run.notes_failed = v_run.note_count
       and v_run.grades_succeeded + v_run.grades_failed + v_run.grades_skipped = v_run.grade_count then
         perform _set_status(v_run.id, 'completed', null);
-    elsif v_run.status = 'running' and v_run.note_cost_usd + v_run.grade_cost_usd >= v_run.budget_usd then
-        perform _set_status(v_run.id, 'paused', format('the budget of %s USD is spent (%s USD); continue with: select pgharness.resume_run(%s, budget_usd => %s);',
-                                                       trim_scale(v_run.budget_usd), round(v_run.note_cost_usd + v_run.grade_cost_usd, 4), v_run.id, trim_scale(v_run.budget_usd * 2)));
+    elsif v_run.status = 'running' and _cost_usd(v_run) >= v_run.budget_usd then
+        perform _pause_at_budget(v_run);
     end if;
 end;
 $$;
@@ -394,14 +418,17 @@ begin
     if v_run.status = 'completed' then
         raise exception 'run % is already completed', v_run.id
             using errcode = 'PH003', hint = format('Try its failed items again: select pgharness.retry_failed(%s); or start anew: select pgharness.rerun(%s);', v_run.id, v_run.id);
+    elsif v_run.tasks_failed > 0 and exists (select from tasks as t where t.run_id = v_run.id and t.ordinal = 0 and t.status = 'failed') then
+        raise exception 'run % is already failed: %', v_run.id, v_run.reason
+            using errcode = 'PH003', hint = format('Run it again, with what it has done: select pgharness.retry_failed(%s);', v_run.id);
     elsif v_run.status = 'failed'
       and v_run.notes_failed + v_run.grades_failed + v_run.grades_skipped > v_threshold * (v_run.note_count + v_run.grade_count) then
         raise exception 'run % is already failed: more of its notes and grades failed than % percent of the plan', v_run.id, round((v_threshold * 100)::numeric, 2)
             using errcode = 'PH003', hint = format('Try them again: select pgharness.retry_failed(%s); or go on without them: select pgharness.resume_run(%s, failure_threshold => 1);', v_run.id, v_run.id);
-    elsif v_budget <= v_run.note_cost_usd + v_run.grade_cost_usd then
-        raise exception 'run % has spent % USD of its budget of % USD', v_run.id, round(v_run.note_cost_usd + v_run.grade_cost_usd, 4), trim_scale(v_budget)
+    elsif v_budget <= _cost_usd(v_run) then
+        raise exception 'run % has spent % USD of its budget of % USD', v_run.id, round(_cost_usd(v_run), 4), trim_scale(v_budget)
             using errcode = 'PH006', hint = format('Raise it: select pgharness.resume_run(%s, budget_usd => %s);', v_run.id,
-                                                   trim_scale(round((v_run.note_cost_usd + v_run.grade_cost_usd) * 2, 2) + 1));
+                                                   trim_scale(round((_cost_usd(v_run)) * 2, 2) + 1));
     end if;
     update runs as r set budget_usd = v_budget, failure_threshold = v_threshold where r.id = v_run.id;
     if v_run.status <> 'running' then
@@ -478,7 +505,10 @@ begin
     select coalesce(array_agg(x.ordinal order by x.ordinal) filter (where x.kind = 'note'), '{}'),
            coalesce(array_agg(x.ordinal order by x.ordinal) filter (where x.kind = 'grade'), '{}')
       into v_notes, v_grades from reset as x;
-    if v_notes || v_grades = '{}' then
+    if v_run.task_count > 0 then
+        perform _retry_tasks(v_run);
+        return _receipt(v_run.id);
+    elsif v_notes || v_grades = '{}' then
         return _receipt(v_run.id);
     end if;
     update runs as r set notes_failed = 0, grades_failed = 0, grades_skipped = 0 where r.id = v_run.id;
@@ -493,7 +523,7 @@ begin
 end;
 $$;
 comment on function pgharness.retry_failed(bigint) is
-'Try the failed notes and grades of a run again, with all their attempts; reopens a finished run. Does nothing when none failed. Raises PH001, PH003. Example: select pgharness.retry_failed(7);';
+'Try the failed notes and grades of a run again, with all their attempts, or the failed tasks of a run of code; reopens a finished run. Does nothing when none failed. Raises PH001, PH003. Example: select pgharness.retry_failed(7);';
 
 create or replace function pgharness.requeue_run(run_id bigint) returns pgharness.run_receipt
     language plpgsql volatile security definer set search_path = pgharness, pg_temp

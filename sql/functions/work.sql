@@ -40,6 +40,7 @@ create or replace function pgharness._defer(run_id bigint, kind text, slices jso
 as $$
 declare
     v_run  runs;
+    v_more jsonb := '{}';
     v_top  integer;
     v_turn integer;
 begin
@@ -47,6 +48,9 @@ begin
         return;                                         -- requeue_run() finds what is missing once the queue is back
     end if;
     select * into strict v_run from runs as r where r.id = _defer.run_id;
+    if kind = 'task' then                               -- not every worker has its code
+        v_more := (select jsonb_build_object('experiment', d.definition ->> 'experiment') from run_definitions as d where d.run_id = v_run.id);
+    end if;
     -- runs of one priority take turns: a job's turn grows with the items of its run that go before it, and a run that comes anew begins
     -- just before the turn that the others have reached
     v_top := v_run.priority * 1000000;
@@ -56,7 +60,7 @@ begin
     v_turn := greatest(v_turn - _defer.comes_anew::integer, 0);
     perform procrastinate_defer_jobs_v1(array(
         select row(_defer.kind, 'pgharness.slice', v_top - 2 * least(v_turn + part.items_before / 64, 499999)::integer - (_defer.kind = 'note')::integer, null, null,
-                   jsonb_build_object('run_id', v_run.id, 'kind', _defer.kind, 'epoch', v_run.epoch) || part.slice, _defer.at)::procrastinate_job_to_defer_v1
+                   jsonb_build_object('run_id', v_run.id, 'kind', _defer.kind, 'epoch', v_run.epoch) || v_more || part.slice, _defer.at)::procrastinate_job_to_defer_v1
           from (select s as slice, n,
                        coalesce(sum(coalesce(jsonb_array_length(s -> 'ordinals'), (s ->> 'last')::bigint - (s ->> 'first')::bigint + 1))
                                 over (order by n rows between unbounded preceding and 1 preceding), 0)::bigint as items_before
@@ -99,7 +103,10 @@ $$;
 comment on function pgharness.next_run(text[]) is
 'For workers: the run whose turn it is in the queue, so that one that has its hands full can see whether it is of a run that it has nothing of. Null when nothing waits. Example: select pgharness.next_run(''{note,grade}'');';
 
-create or replace function pgharness.take_job(queues text[], queue_worker_id bigint, except_runs bigint[])
+drop function if exists pgharness.take_job(text[], bigint, bigint[]);
+create or replace function pgharness.take_job(
+    queues text[], queue_worker_id bigint, except_runs bigint[] default '{}', only_runs bigint[] default null, experiments text[] default null
+)
     returns table (id bigint, status text, task_name text, priority integer, lock text, queueing_lock text, args jsonb,
                    scheduled_at timestamptz, queue_name text, attempts integer, worker_id bigint)
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -110,12 +117,14 @@ begin
      where j.id = (select w.id from procrastinate.procrastinate_jobs as w
                     where w.status = 'todo' and w.queue_name = any (take_job.queues) and (w.scheduled_at is null or w.scheduled_at <= clock())
                       and (w.args ->> 'run_id')::bigint <> all (take_job.except_runs)
+                      and (take_job.only_runs is null or (w.args ->> 'run_id')::bigint = any (take_job.only_runs))
+                      and (take_job.experiments is null or w.args ->> 'experiment' = any (take_job.experiments))
                     order by w.priority desc, w.id limit 1 for update skip locked)
     returning j.id, j.status::text, j.task_name::text, j.priority, j.lock, j.queueing_lock, j.args, j.scheduled_at, j.queue_name::text, j.attempts, j.worker_id;
 end;
 $$;
-comment on function pgharness.take_job(text[], bigint, bigint[]) is
-'For workers: take the job whose turn it is, as the queue''s own fetch does, but none of some runs of which the worker has enough. No row when nothing waits. Example: select * from pgharness.take_job(''{note,grade}'', 5, ''{}'');';
+comment on function pgharness.take_job(text[], bigint, bigint[], bigint[], text[]) is
+'For workers: take the job whose turn it is, as the queue''s own fetch does, but none of some runs of which the worker has enough; or only one of some runs, or of some experiments in code. No row when nothing waits. Example: select * from pgharness.take_job(''{note,grade}'', 5, ''{}'');';
 
 create or replace function pgharness._drop_jobs(run_id bigint) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -136,7 +145,11 @@ declare
     v_stride integer;
 begin
     -- "offset 0": look up one item at a time; a plan that was made when the tables were small must not join them whole when they are large
-    if kind = 'note' then
+    if kind = 'task' then
+        return query
+        select o from unnest(_missing.ordinals) as o
+         where exists (select from tasks as t where t.run_id = _missing.run_id and t.ordinal = o and t.status = 'waiting' offset 0) order by o;
+    elsif kind = 'note' then
         return query
         select o from unnest(_missing.ordinals) as o
          where o between 0 and (select r.note_count - 1 from runs as r where r.id = _missing.run_id)
@@ -193,6 +206,12 @@ declare
 begin
     perform _drop_jobs(_requeue.run_id);
     update runs as r set epoch = r.epoch + 1 where r.id = _requeue.run_id returning r.* into v_run;
+    if v_run.task_count > 0 then
+        perform _defer_list(v_run.id, 'task', array(
+            select t.ordinal from tasks as t where t.run_id = v_run.id and t.status = 'waiting' and t.ordinal > 0 order by t.ordinal), 20);
+        perform _defer_list(v_run.id, 'task', array(select t.ordinal from tasks as t where t.run_id = v_run.id and t.status = 'waiting' and t.ordinal = 0), 1);
+        return;
+    end if;
     update failures as f set next_attempt_at = clock() where f.run_id = v_run.id and f.status = 'waiting' and f.next_attempt_at > clock();
     select d.grade_stride into v_stride from run_definitions as d where d.run_id = v_run.id;
     v_size := _slice_size(v_run.note_count - v_run.notes_succeeded, _item_seconds(v_run.id, 'note'));

@@ -17,8 +17,8 @@ select r.id as run_id, r.name as run, m.name as model, t.kind, t.call_count, t.c
   join pgharness.models as m on m.id = t.model_id
   left join lateral pgharness._call_latencies(r.id) as l on l.model_id = t.model_id and l.kind = t.kind;
 comment on view pgharness.model_performance is
-'One row per run, model and kind of item (note, grade): its calls, their latency, tokens and cost. Example: select * from pgharness.model_performance where run_id = 1;';
-comment on column pgharness.model_performance.kind is 'What the model was asked for: note or grade.';
+'One row per run, model and kind of item (note, grade, task): its calls, their latency, tokens and cost. Example: select * from pgharness.model_performance where run_id = 1;';
+comment on column pgharness.model_performance.kind is 'What the model was asked for: note, grade, or task (by the code of a run).';
 comment on column pgharness.model_performance.call_count is 'Requests that ended, retries included; cancelled ones are in this count alone.';
 comment on column pgharness.model_performance.calls_failed is 'Calls that ended neither well, nor at a rate limit, nor by a cancelled run.';
 comment on column pgharness.model_performance.latency_p50_ms is 'Median latency of the calls that succeeded; p90, p95 and p99 likewise (percentile_cont). In a run of more than 50,000 notes (or grades), of an even sample of theirs.';
@@ -28,9 +28,9 @@ comment on column pgharness.model_performance.wasted_cost_usd is 'The part of co
 create or replace view pgharness.cost_by_run with (security_invoker = true) as
 select r.id as run_id, r.name as run, r.instance, r.kind, r.status,
        c.call_count, c.input_tokens, c.output_tokens, c.cached_tokens,
-       r.note_cost_usd, r.grade_cost_usd, r.note_cost_usd + r.grade_cost_usd as cost_usd, r.budget_usd,
+       r.note_cost_usd, r.grade_cost_usd, pgharness._cost_usd(r) as cost_usd, r.budget_usd,
        round((r.note_cost_usd + r.grade_cost_usd) / nullif(r.notes_succeeded, 0), 8) as usd_per_note,
-       c.wasted_cost_usd, r.created_at as started_at
+       c.wasted_cost_usd, r.created_at as started_at, r.task_cost_usd
   from pgharness.runs as r
  cross join lateral pgharness._call_sums(r.id) as c;
 comment on view pgharness.cost_by_run is
@@ -39,6 +39,7 @@ comment on column pgharness.cost_by_run.call_count is 'Requests to models that e
 comment on column pgharness.cost_by_run.cached_tokens is 'The part of input_tokens that providers served from their caches.';
 comment on column pgharness.cost_by_run.usd_per_note is 'cost_usd, grading included, per note that succeeded.';
 comment on column pgharness.cost_by_run.wasted_cost_usd is 'The part of cost_usd spent on calls that did not succeed.';
+comment on column pgharness.cost_by_run.task_cost_usd is 'The part of cost_usd spent on calls of a run''s code.';
 
 create or replace view pgharness.cost_by_model with (security_invoker = true) as
 select m.id as model_id, m.name as model, m.provider, coalesce(c.run_count, 0) as run_count, coalesce(c.call_count, 0) as call_count,

@@ -5,16 +5,18 @@ select r.id as run_id, r.name as run, r.instance, r.kind, r.status, r.reason, co
        r.note_count, computed.notes_running, r.notes_succeeded, r.notes_failed, computed.notes_waiting,
        r.grade_count, computed.grades_running, r.grades_succeeded, r.grades_failed, r.grades_skipped, computed.grades_waiting,
        computed.items_per_second, computed.seconds_left, computed.expected_finish_at,
-       round(r.note_cost_usd + r.grade_cost_usd, 6) as cost_usd, computed.projected_cost_usd, r.budget_usd,
-       computed.worker_count, computed.active_seconds, r.created_at as started_at, r.finished_at
+       round(pgharness._cost_usd(r), 6) as cost_usd, computed.projected_cost_usd, r.budget_usd,
+       computed.worker_count, computed.active_seconds, r.created_at as started_at, r.finished_at,
+       r.task_count, r.tasks_succeeded, r.tasks_failed, report.position, report.total, report.message
   from pgharness.runs as r
- cross join lateral pgharness._run_progress(r) as computed;
+ cross join lateral pgharness._run_progress(r) as computed
+  left join pgharness.progress_reports as report on report.run_id = r.id;
 comment on view pgharness.run_progress is
 'One row per run: state, what is planned and done, speed, cost. Cheap at any size: it reads the run''s counters, never its notes. Example: select * from pgharness.run_progress where run_id = 1;';
 comment on column pgharness.run_progress.kind is 'trial or milestone.';
 comment on column pgharness.run_progress.status is 'running, paused, completed, failed or cancelled.';
 comment on column pgharness.run_progress.reason is 'Why it is paused, failed or cancelled.';
-comment on column pgharness.run_progress.percent_done is 'Share of the planned notes and grades that are decided: succeeded, failed or skipped. 100 only when all are.';
+comment on column pgharness.run_progress.percent_done is 'Share of the planned notes and grades that are decided: succeeded, failed or skipped. 100 only when all are. Of code: what it said of itself, else the share of its tasks so far.';
 comment on column pgharness.run_progress.note_count is 'Notes planned.';
 comment on column pgharness.run_progress.notes_failed is 'Notes that failed for good; failed_items lists them, retry_failed() tries them again.';
 comment on column pgharness.run_progress.notes_waiting is 'Notes whose last try failed and that wait for their next one.';
@@ -31,6 +33,11 @@ comment on column pgharness.run_progress.worker_count is 'Workers with a heartbe
 comment on column pgharness.run_progress.notes_running is 'Notes for which a call is in flight, by the workers'' last heartbeats; likewise grades_running.';
 comment on column pgharness.run_progress.grades_running is 'Grades for which a call is in flight, by the workers'' last heartbeats.';
 comment on column pgharness.run_progress.active_seconds is 'Seconds spent running; pauses do not count.';
+comment on column pgharness.run_progress.task_count is 'Of code: its function, and the items of its maps so far.';
+comment on column pgharness.run_progress.tasks_failed is 'Tasks that failed for good; task_results lists them.';
+comment on column pgharness.run_progress.tasks_succeeded is 'Tasks that are done.';
+comment on column pgharness.run_progress.total is 'Of code: how far it will be in the end.';
+comment on column pgharness.run_progress.position is 'Of code: how far it says it is, of total; and its message.';
 
 create or replace view pgharness.recent_activity with (security_invoker = true) as
 select latest.at as created_at, r.id as run_id, r.name as run, latest.kind, ca.name as case_name, c.name as combination,
@@ -122,7 +129,7 @@ select w.id as worker_id, w.host, w.pid, w.version,
        case when w.status in ('running', 'draining')
             then array(select r.name from pgharness.run_workers as rw join pgharness.runs as r on r.id = rw.run_id
                         where rw.worker_id = w.id and r.status = 'running' order by r.id) else '{}' end as runs,
-       w.started_at, w.heartbeat_at
+       w.started_at, w.heartbeat_at, w.experiments
   from pgharness.workers as w
  cross join lateral (select extract(epoch from pgharness.clock() - w.heartbeat_at) as seconds) as beat;
 comment on view pgharness.worker_health is
@@ -131,7 +138,8 @@ comment on column pgharness.worker_health.pid is 'Its process id on its host.';
 comment on column pgharness.worker_health.version is 'The version of pgharness that it runs.';
 comment on column pgharness.worker_health.status is
 'running, draining (it ends its calls and stops), stale (no heartbeat for 30 seconds; a sweep will call it lost), lost (it died, and its work was put back) or stopped.';
-comment on column pgharness.worker_health.queues is 'The queues it serves: note, grade.';
+comment on column pgharness.worker_health.queues is 'The queues it serves: note, grade, task (code).';
+comment on column pgharness.worker_health.experiments is 'Experiments in code that it has.';
 comment on column pgharness.worker_health.concurrency is 'Calls that it may have in flight.';
 comment on column pgharness.worker_health.in_flight is 'Calls in flight at its last heartbeat.';
 comment on column pgharness.worker_health.runs is 'Running runs that it took work of.';
@@ -141,7 +149,7 @@ select queue.name as queue, coalesce(job.waiting, 0) as jobs_waiting, coalesce(j
        (select round(extract(epoch from pgharness.clock() - max(e.at)), 1)
           from procrastinate.procrastinate_events as e where e.job_id = job.oldest_id) as oldest_waiting_seconds,
        (select count(*) from pgharness.worker_health as w where w.status = 'running' and queue.name = any (w.queues)) as worker_count
-  from (select 'note' as name union select 'grade' union select j.queue_name from procrastinate.procrastinate_jobs as j) as queue
+  from (select 'note' as name union select 'grade' union select 'task' union select j.queue_name from procrastinate.procrastinate_jobs as j) as queue
   left join (select j.queue_name,
                     count(*) filter (where j.status = 'todo' and (j.scheduled_at is null or j.scheduled_at <= pgharness.clock())) as waiting,
                     count(*) filter (where j.status = 'todo' and j.scheduled_at > pgharness.clock())                              as scheduled,
@@ -149,7 +157,7 @@ select queue.name as queue, coalesce(job.waiting, 0) as jobs_waiting, coalesce(j
                     min(j.id) filter (where j.status = 'todo' and (j.scheduled_at is null or j.scheduled_at <= pgharness.clock())) as oldest_id
                from procrastinate.procrastinate_jobs as j group by j.queue_name) as job on job.queue_name = queue.name;
 comment on view pgharness.queue_health is
-'One row per queue: its jobs, each a slice of a run''s notes or grades, and the workers that serve it.';
+'One row per queue: its jobs, each a slice of a run''s notes or grades or of the tasks of its code, and the workers that serve it.';
 comment on column pgharness.queue_health.jobs_waiting is 'Jobs that a worker could take now.';
 comment on column pgharness.queue_health.jobs_scheduled is 'Jobs for later: next tries of items that failed.';
 comment on column pgharness.queue_health.jobs_doing is 'Jobs that workers have taken.';
@@ -161,15 +169,19 @@ select r.id as run_id, r.name as run, trouble.problem, trouble.remedy, progress.
   from pgharness.runs as r
  cross join lateral (
        select greatest(r.activated_at,
+                       (select max(t.finished_at) from pgharness.tasks as t where t.run_id = r.id),
                        (select max(n.created_at) from pgharness.notes as n where n.run_id = r.id),
                        (select max(g.created_at) from pgharness.grades as g where g.run_id = r.id),
                        (select max(f.updated_at) from pgharness.failures as f where f.run_id = r.id)) as last_at) as progress
  cross join lateral (
        select string_agg(queue.name, ',' order by queue.name desc) as unserved
          from (values ('note', r.note_count - r.notes_succeeded - r.notes_failed),
-                      ('grade', r.grade_count - r.grades_succeeded - r.grades_failed - r.grades_skipped)) as queue (name, items_left)
+                      ('grade', r.grade_count - r.grades_succeeded - r.grades_failed - r.grades_skipped),
+                      ('task', r.task_count - r.tasks_succeeded - r.tasks_failed)) as queue (name, items_left)
         where queue.items_left > 0
-          and not exists (select from pgharness.worker_health as w where w.status = 'running' and queue.name = any (w.queues))) as staff
+          and not exists (select from pgharness.worker_health as w
+                           where w.status = 'running' and queue.name = any (w.queues)
+                             and (queue.name <> 'task' or (select d.definition ->> 'experiment' from pgharness.run_definitions as d where d.run_id = r.id) = any (w.experiments)))) as staff
  cross join lateral (
        select count(*) as job_count from procrastinate.procrastinate_jobs as j
         where j.task_name = 'pgharness.slice' and j.status in ('todo', 'doing') and (j.args ->> 'run_id')::bigint = r.id) as queued
@@ -184,13 +196,15 @@ select r.id as run_id, r.name as run, trouble.problem, trouble.remedy, progress.
          join pgharness.model_limits as l on l.model_id = m.id
         where c.run_id = r.id and l.blocked_until > pgharness.clock() order by l.blocked_until desc limit 1) as blocked on true
  cross join lateral (
-       select case when staff.unserved is not null then format('no running worker serves queue %s', replace(staff.unserved, ',', ', '))
+       select case when staff.unserved = 'task' then format('no running worker has the code of experiment "%s"', (select d.definition ->> 'experiment' from pgharness.run_definitions as d where d.run_id = r.id))
+                   when staff.unserved is not null then format('no running worker serves queue %s', replace(staff.unserved, ',', ', '))
                    when queued.job_count = 0 then 'it has work left and no job in the queue'
                    when progress.last_at < pgharness.clock() - make_interval(secs => patience.seconds) and blocked.name is not null
                        then format('model "%s" asked to wait until %s', blocked.name, date_trunc('second', blocked.blocked_until))
                    when progress.last_at < pgharness.clock() - make_interval(secs => patience.seconds) then 'nothing succeeded or failed for longer than a call may take'
               end as problem,
-              case when staff.unserved is not null then format('start one: pgharness worker --queues %s', staff.unserved)
+              case when staff.unserved = 'task' then 'start one where it is: pgharness worker, in the folder of its project'
+                   when staff.unserved is not null then format('start one: pgharness worker --queues %s', staff.unserved)
                    when queued.job_count = 0 then format('queue it again: select pgharness.requeue_run(%s);', r.id)
                    when blocked.name is not null then 'wait, or ask its provider for a higher quota'
                    else format('read the workers'' logs and select * from pgharness.failed_items where run_id = %s; restart the workers; then select pgharness.requeue_run(%s);', r.id, r.id)

@@ -8,6 +8,9 @@ each transaction another server connection; the one exception is `listen`, which
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import random
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -23,6 +26,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from pgharness.errors import DatabaseError, from_sqlstate
 
+logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 # a worker process has these, one that records and one that listens
 POOL_SIZE = 2
@@ -245,6 +249,19 @@ class Database:
             ):
                 await cursor.execute(query, values)
                 return await cursor.fetchall()
+
+    async def persist(self, function: str, /, **args: object) -> list[Row]:
+        """Do as `call`, again and again while the database is away; raise what it refuses."""
+        delay = 0.1
+        while True:
+            try:
+                return await self.call(function, **args)
+            except TRANSIENT as exc:
+                if self.pool.closed:
+                    raise
+                logger.warning("the database did not answer %s: %s", function, exc)
+                await asyncio.sleep(delay * (0.5 + random.random()))
+                delay = min(delay * 2, 5.0)
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Database]:

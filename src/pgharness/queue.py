@@ -25,9 +25,11 @@ from procrastinate.manager import JobManager
 from pgharness.database import TRANSIENT, Database, listen
 from pgharness.errors import HarnessError
 from pgharness.execution import Engine, HandedBack, Slice
+from pgharness.sdk.hosts import Hosts
 
 logger = logging.getLogger(__name__)
-QUEUES = ("note", "grade")
+CODE_QUEUE = "task"
+QUEUES = ("note", "grade", CODE_QUEUE)
 _POLLING_SECONDS = 1.0
 _PEEKING_SECONDS = 0.05
 _NEVER_SECONDS = 10 * 365 * 86400.0
@@ -89,12 +91,18 @@ class _Jobs(JobManager):
                 await asyncio.sleep(_PEEKING_SECONDS)
             if self._queue.is_stopping:
                 return None
-            if not (sated_runs := self._queue.engine.sated_runs):
-                return await super().fetch_job(queues, worker_id)
-            row = await self._queue.database.call(
-                "take_job", queues=list(queues or QUEUES), queue_worker_id=worker_id, except_runs=sated_runs
-            )
-            return Job.from_row(row[0]) if row else None
+            while True:
+                if not (narrowed := self._queue.engine.narrowed):
+                    return await super().fetch_job(queues, worker_id)
+                row = await self._queue.database.call(
+                    "take_job", queues=list(queues or QUEUES), queue_worker_id=worker_id, **narrowed
+                )
+                if row or not isinstance(self._queue.engine, Hosts):
+                    return Job.from_row(row[0]) if row else None
+                # what is narrowed widens when a slice ends, which tells nobody else
+                await self._queue.engine.wait_for_change(_POLLING_SECONDS)
+                if self._queue.is_stopping:
+                    return None
         except (queue_errors.ConnectorException, *TRANSIENT) as exc:
             logger.warning("no job could be fetched: %s", _reason(exc))
             await asyncio.sleep(0.5 * (0.5 + random.random()))
@@ -151,7 +159,7 @@ class _Jobs(JobManager):
 class Queue:
     """This process's end of the queue: takes slices for the engine until it is stopped."""
 
-    def __init__(self, database: Database, engine: Engine, *, worker_id: int, listen_url: str | None) -> None:
+    def __init__(self, database: Database, engine: Engine | Hosts, *, worker_id: int, listen_url: str | None) -> None:
         """Prepare to take slices; without a `listen_url`, new work is asked for once a second."""
         self.database = database
         self.engine = engine

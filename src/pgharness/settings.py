@@ -21,6 +21,8 @@ VARIABLES: dict[str, str] = {
     "PGHARNESS_OS_USER": "operating-system user that runs the embedded server when pgharness runs as root",
     "PGHARNESS_CACHE": "folder for worktrees of command models",
     "PGHARNESS_ALLOW_CODE": "1 lets workers run command and python models",
+    "PGHARNESS_EXPERIMENTS": "folders and modules with code experiments, separated as in PATH; without it those that"
+    " the project's .pgharness names, or ./experiments",
     "PGHARNESS_STALE_SECONDS": "seconds without a heartbeat after which a worker counts as lost (default 30)",
     "PGHARNESS_TEST_DATABASE_URL": "server for the test suite",
 }
@@ -35,6 +37,7 @@ class Settings:
     allows_code: bool
     stale_seconds: float
     listen_url: str | None  # None: over the database URL, unless a pooler forbids it
+    experiments: tuple[str, ...] = ()  # folders and modules; none: those of the project
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, *, database_url: str | None = None) -> Settings:
@@ -53,6 +56,7 @@ class Settings:
             allows_code=_flag(environ, "PGHARNESS_ALLOW_CODE"),
             stale_seconds=_seconds(environ, "PGHARNESS_STALE_SECONDS", 30.0),
             listen_url=_listen_url(environ),
+            experiments=tuple(filter(None, environ.get("PGHARNESS_EXPERIMENTS", "").split(os.pathsep))),
         )
 
 

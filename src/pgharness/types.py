@@ -16,7 +16,7 @@ Role = Literal["system", "user", "assistant"]
 Provider = Literal[
     "openai", "openai_responses", "anthropic", "gemini", "openai_compatible", "simulator", "command", "python", "metric"
 ]
-ItemKind = Literal["note", "grade"]
+ItemKind = Literal["note", "grade", "task"]
 
 
 @dataclass(frozen=True, slots=True)

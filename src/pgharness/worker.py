@@ -10,21 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import importlib.metadata
 import logging
 import multiprocessing
 import multiprocessing.connection
 import os
-import platform
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from ctypes import c_double
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
@@ -32,10 +29,12 @@ import uvloop
 
 from pgharness import __version__, database, schema
 from pgharness.database import TRANSIENT, Database
+from pgharness.environment import environment
 from pgharness.errors import HarnessError, LeaseLost, SchemaOutOfDate
 from pgharness.execution import Engine
 from pgharness.gateway import Gateway
-from pgharness.queue import Queue
+from pgharness.queue import CODE_QUEUE, Queue
+from pgharness.sdk.hosts import Hosts
 from pgharness.settings import LISTEN_OFF, Settings
 
 logger = logging.getLogger(__name__)
@@ -56,29 +55,7 @@ class WorkerOptions:
     queues: tuple[str, ...]
     concurrency: int
     log_level: int
-
-
-def environment() -> dict[str, object]:
-    """Return how this process would make a run: versions, and the git state of its working directory."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {found.name: found.version for found in sorted(importlib.metadata.distributions(), key=_name)},
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_is_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-    }
-
-
-def _name(distribution: importlib.metadata.Distribution) -> str:
-    return distribution.name.lower()
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    most_runs: int = 4  # of code, at once
 
 
 # -- one process
@@ -105,7 +82,7 @@ async def run_process(options: WorkerOptions, *, parent_pid: int, pulse: c_doubl
         )
         worker_id: int = registered[0]["register_worker"]
         gateway = Gateway(cache_root=options.settings.cache_root, allows_code=options.settings.allows_code)
-        engine = Engine(pool, gateway, worker_id=worker_id, concurrency=options.concurrency, queues=options.queues)
+        engine = await _open_engine(options, pool, gateway, worker_id)
         queue = Queue(pool, engine, worker_id=worker_id, listen_url=listen_url)
         process = _Process(pool, engine, queue, worker_id, parent_pid, options.settings.stale_seconds)
         loop = asyncio.get_running_loop()
@@ -122,6 +99,22 @@ async def run_process(options: WorkerOptions, *, parent_pid: int, pulse: c_doubl
             await gateway.aclose()
             with contextlib.suppress(HarnessError, *TRANSIENT):
                 await process.beat("stopped")
+
+
+async def _open_engine(options: WorkerOptions, pool: Database, gateway: Gateway, worker_id: int) -> Engine | Hosts:
+    """Return what does the work of the queues: calls of models side by side, or processes that run code."""
+    if options.queues != (CODE_QUEUE,):
+        return Engine(pool, gateway, worker_id=worker_id, concurrency=options.concurrency, queues=options.queues)
+    hosts = Hosts(
+        pool,
+        options.settings,
+        worker_id=worker_id,
+        concurrency=options.concurrency,
+        most_runs=options.most_runs,
+        log_level=options.log_level,
+    )
+    await hosts.open()
+    return hosts
 
 
 def _listen_url(options: WorkerOptions) -> str | None:
@@ -150,7 +143,13 @@ class _Process:
     """The life of a worker process around its engine: heartbeat, sweep, signals."""
 
     def __init__(
-        self, pool: Database, engine: Engine, queue: Queue, worker_id: int, parent_pid: int, stale_seconds: float
+        self,
+        pool: Database,
+        engine: Engine | Hosts,
+        queue: Queue,
+        worker_id: int,
+        parent_pid: int,
+        stale_seconds: float,
     ) -> None:
         self._pool = pool
         self._engine = engine
@@ -275,26 +274,33 @@ def _process_main(options: WorkerOptions, parent_pid: int, pulse: c_double) -> N
 class _Place:
     """One of the supervisor's processes, and when to start the next one after it died."""
 
-    __slots__ = ("delay", "process", "pulse", "restart_at", "started_at")
+    __slots__ = ("delay", "options", "process", "pulse", "restart_at", "started_at")
 
     process: BaseProcess
     pulse: c_double  # time of its last sign of life; 0 before the first and while it ends
     started_at: float
 
-    def __init__(self) -> None:
+    def __init__(self, options: WorkerOptions) -> None:
+        self.options = options
         self.delay = _RESTART_SECONDS[0]
         self.restart_at: float | None = None
 
 
 class Supervisor:
-    """Keeps N worker processes alive until it is told to stop, or until `is_done` says so."""
+    """Keeps N worker processes alive until it is told to stop, or until `is_done` says so.
+
+    Code has a process beside them, which starts one for each run.
+    """
 
     def __init__(self, options: WorkerOptions, workers: int, *, is_done: Callable[[], bool] | None = None) -> None:
         self._options = options
         self._context = multiprocessing.get_context("spawn")
         self._signals = 0
         self._is_done = is_done
-        self._places = [_Place() for _ in range(workers)]
+        calls = tuple(name for name in options.queues if name != CODE_QUEUE)
+        self._places = [_Place(replace(options, queues=calls)) for _ in range(workers if calls else 0)]
+        if CODE_QUEUE in options.queues:
+            self._places.append(_Place(replace(options, queues=(CODE_QUEUE,))))
         for place in self._places:
             self._start(place)
 
@@ -341,7 +347,7 @@ class Supervisor:
     def _start(self, place: _Place) -> None:
         place.pulse = self._context.RawValue(c_double, 0.0)
         process = self._context.Process(
-            target=_process_main, args=(self._options, os.getpid(), place.pulse), daemon=False
+            target=_process_main, args=(place.options, os.getpid(), place.pulse), daemon=False
         )
         process.start()
         place.process, place.started_at, place.restart_at = process, time.monotonic(), None

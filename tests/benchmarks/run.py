@@ -30,7 +30,7 @@ from figures import Line
 from rich.console import Console
 from rich.table import Table
 
-from pgharness import worker
+from pgharness.environment import environment
 
 NAMES = ("items", "inspect", "calls", "http", "memory", "planning", "views", "start", "sharing")
 INSPECT_PYTHON = "PGHARNESS_BENCH_INSPECT_PYTHON"
@@ -109,7 +109,7 @@ def number(value: float) -> str:
 def report(measured: list[Line], facts: dict[str, Any]) -> dict[str, Any]:
     """Return everything that was measured, every sample of it."""
     rows = [asdict(line) | {"ratio": line.ratio, "ratios": line.ratios, "is_met": is_met(line)} for line in measured]
-    return {"facts": facts, "environment": worker.environment(), "lines": rows}
+    return {"facts": facts, "environment": environment(), "lines": rows}
 
 
 def main() -> None:

@@ -266,7 +266,7 @@ class Lab:
         With a folder it runs there, and its environment is empty but for the connection string.
         """
         command = [*prefix, sys.executable, "-m", "pgharness", "worker", "--workers", str(count)]
-        command += ["--concurrency", str(concurrency), *arguments]
+        command += ["--concurrency", str(concurrency), "--queues", "note,grade", *arguments]
         log = self.folder / f"workers-{len(self.groups)}.log"
         environment = self.environment(**variables)
         if folder is not None:

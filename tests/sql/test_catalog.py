@@ -37,30 +37,41 @@ OBVIOUS = {
 # Functions that act with the privileges of the schema's owner, and why the caller's do not suffice.
 SECURITY_DEFINERS = {
     "authors insert runs, and may write nothing else of them": (
-        "_plan_run _freeze_run _freeze_instance _freeze_rubrics _copy_definition _announce_run"
+        "_plan_run _freeze_run _freeze_instance _freeze_rubrics _copy_definition _announce_run _freeze_code _plan_code"
     ),
     "authors may change a run's state only in the ways that these allow": (
         "pause_run resume_run cancel_run retry_failed requeue_run record_result log"
-        " adjust_run _lock_run _set_status _settle_run _requeue _drop_jobs"
+        " adjust_run _lock_run _set_status _settle_run _requeue _drop_jobs _pause_at_budget _retry_tasks purge_trials"
     ),
     "authors import runs made elsewhere, whose rows they may not write": (
         "import_run import_run_items finish_imported_run _import_definition"
     ),
-    "the queue's tables are for workers and for these": "_defer _defer_range _defer_list _put_back _kept_grades share_slice next_run take_job",
-    "who deletes a run deletes what belongs to it": "_delete_items _delete_inputs",
+    "the queue's tables are for workers and for these": "_defer _defer_range _defer_list _put_back _kept_grades share_slice next_run take_job join_queue end_slice",
+    "who deletes a run deletes what belongs to it, and no milestone": "_delete_items _delete_inputs _delete_contents _protect_milestones",
     "workers record what they did, and may write no table of ours": (
         "load_run load_slice load_inputs record_outcomes charge_crash _missing _missing_grades _record_notes _record_grades"
-        " _record_failures _record_calls _advance_run"
+        " _record_failures _record_calls _advance_run load_code load_tasks add_tasks map_state map_results record_tasks lose_tasks"
+        " fail_run expire_runs record_told _record_rows keep_artifact start_version load_model"
     ),
     "workers tell how they are, and share limits": (
-        "register_worker attach_queue_worker heartbeat lose_worker sweep lease_model lease_run take_requests block_model"
+        "register_worker attach_queue_worker heartbeat lose_worker sweep lease_model lease_run take_requests block_model serve_experiments"
     ),
+    "workers make the code that they have known, and may define nothing else": "register_experiment",
 }
 # Functions without a pinned search path: a pin would keep Postgres from inlining them, and they name no object.
-INLINED = {"_note_place", "_note_ordinal", "_grade_place", "_score", "_share", "_target_criteria", "_line_checksum"}
+INLINED = {
+    "_note_place",
+    "_note_ordinal",
+    "_grade_place",
+    "_score",
+    "_share",
+    "_target_criteria",
+    "_line_checksum",
+    "_cost_usd",
+}
 TYPES = {
     *("bigint", "integer", "double precision", "numeric", "boolean", "text", "jsonb", "timestamp with time zone"),
-    *("text[]", "integer[]", "run_definitions", "run_combinations"),
+    *("text[]", "integer[]", "bytea", "run_definitions", "run_combinations"),
 }
 
 

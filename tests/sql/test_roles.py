@@ -36,6 +36,15 @@ WRITTEN = [
     "model_leases",
     "run_leases",
     "archives",
+    "experiment_versions",
+    "run_versions",
+    "tasks",
+    "metrics",
+    "timings",
+    "logged_calls",
+    "artifacts",
+    "artifact_contents",
+    "progress_reports",
     "schema_migrations",
 ]
 DEFINED = [

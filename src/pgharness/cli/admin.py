@@ -10,6 +10,7 @@ import subprocess
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -42,11 +43,26 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(group, name="db")
 
 
-def init(context: typer.Context) -> None:
-    """Create or upgrade the schema, and say what to type next.
+def init(
+    context: typer.Context,
+    experiments_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Make this folder a project whose experiments in code are in DIR.")
+    ] = None,
+    project: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Make this folder a project of that name.")
+    ] = None,
+) -> None:
+    """Create or upgrade the schema; with an option, make this folder a project for experiments in code too.
 
-    Example: pgharness init
+    Example: pgharness init --experiments-dir experiments
     """
+    if experiments_dir is not None or project is not None:
+        from pgharness.sdk import discovery  # it takes a while to import
+
+        folder = experiments_dir or "experiments"
+        marker = discovery.init(Path.cwd(), folder, project)
+        stdout.print(Text(f"{marker} makes this folder a project; its experiments are in {folder}"))
+        stdout.print("Next:  pgharness experiments new NAME  begin an experiment in code")
     session = session_of(context)
     with session.connection(checked=False) as connection:
         applied = schema.upgrade(connection)

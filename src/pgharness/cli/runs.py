@@ -87,11 +87,12 @@ def _print_receipt(connection: Connection[Any], row: Row, as_json: bool) -> None
         print_json(row)
         return
     reason = f" ({row['reason']})" if row["reason"] else ""
-    planned = f"{row['notes']:,} notes, {row['grades']:,} grades planned"
-    stdout.print(Text(f"run {row['run_id']} ({row['run']}) is {row['status']}{reason}: {planned}"))
+    is_code = not row["notes"]
+    planned = "" if is_code else f": {row['notes']:,} notes, {row['grades']:,} grades planned"
+    stdout.print(Text(f"run {row['run_id']} ({row['run']}) is {row['status']}{reason}{planned}"))
     if row["status"] == "running":
         if not database.rows(connection, "worker_health", status="running", limit=1):
-            stdout.print("No worker is running: pgharness worker --workers 2")
+            stdout.print("No worker is running: pgharness worker" + ("" if is_code else " --workers 2"))
         stdout.print(Text(f"Watch it: pgharness status {shlex.quote(row['run'])} --watch"))
 
 
@@ -227,9 +228,11 @@ def _print_latest(connection: Connection[Any], as_json: bool) -> None:
             "status": "status",
             "notes": lambda row: f"{row['notes_succeeded']:,}/{row['note_count']:,}",
             "grades": lambda row: f"{row['grades_succeeded']:,}/{row['grade_count']:,}",
-            "failed": lambda row: row["notes_failed"] + row["grades_failed"],
+            "failed": lambda row: row["notes_failed"] + row["grades_failed"] + row["tasks_failed"],
             "USD": lambda row: usd(row["cost_usd"]),
         }
+        if any(row["task_count"] for row in rows):
+            columns["tasks"] = lambda row: f"{row['tasks_succeeded']:,}/{row['task_count']:,}" * bool(row["task_count"])
         stdout.print(table(rows[:20], columns))
         if len(rows) > 20:
             stdout.print(f"{len(rows) - 20:,} older runs: pgharness status --json, or select * from run_progress")
@@ -344,7 +347,7 @@ def _shortened(text: str, length: int) -> str:
 
 def _bars(row: Row) -> Progress:
     bars = Progress(TextColumn("{task.description:6}"), BarColumn(40), TextColumn("{task.fields[text]}"))
-    for kind in ("note", "grade"):
+    for kind in ("note", "grade", "task"):
         planned, done = row[f"{kind}_count"], row[f"{kind}s_succeeded"]
         if not planned:
             continue
@@ -379,6 +382,10 @@ def _cost_line(row: Row) -> str:
 
 
 def _progress_line(row: Row) -> str:
+    if row["task_count"]:
+        said = f" ({row['message']})" if row["message"] else ""
+        done = f"{row['tasks_succeeded']:,} of {row['task_count']:,} tasks so far"
+        return f"{row['percent_done']}% done{said}: {done}, {usd(row['cost_usd'])} USD"
     return (
         f"{row['percent_done']}% done: {row['notes_succeeded']:,} of {row['note_count']:,} notes, "
         f"{row['grades_succeeded']:,} of {row['grade_count']:,} grades, {usd(row['cost_usd'])} USD"
@@ -390,7 +397,7 @@ def _next_steps(row: Row) -> list[str]:
     if row["status"] in ("paused", "cancelled"):
         is_spent = row["budget_usd"] is not None and row["cost_usd"] >= row["budget_usd"]
         return [f"continue it: pgharness resume {name}" + (" --budget USD" if is_spent else "")]
-    if row["status"] != "running" and (row["notes_failed"] or row["grades_failed"]):
+    if row["status"] != "running" and (row["notes_failed"] or row["grades_failed"] or row["tasks_failed"]):
         return [f"try what failed again: pgharness retry {name}"]
     return []
 
@@ -470,7 +477,11 @@ def worker(
     context: typer.Context,
     workers: Annotated[int, typer.Option(min=1, max=256, help="Worker processes; about one per core.")] = 1,
     concurrency: Annotated[int, typer.Option(min=1, max=10_000, help="Calls in flight in each process.")] = 10,
-    queues: Annotated[str, typer.Option(help="The work to take: note, grade or note,grade.")] = "note,grade",
+    queues: Annotated[
+        str | None,
+        typer.Option(help="The work to take, of note, grade and task (code); default all, code where there is some."),
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, max=64, help="Runs of code at once, each in a process of its own.")] = 4,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Run command and python models, which execute what database rows name.")
     ] = False,
@@ -482,19 +493,23 @@ def worker(
     Example: pgharness worker --workers 4 --concurrency 50
     """
     # here, for they take half a second to import
-    from pgharness.queue import QUEUES
+    from pgharness.queue import CODE_QUEUE, QUEUES
+    from pgharness.sdk.discovery import default_sources, holds_code
     from pgharness.worker import Supervisor, WorkerOptions
 
     session = session_of(context)
+    if queues is None:
+        has_code = holds_code(default_sources(session.settings.experiments or None))
+        queues = ",".join(QUEUES if has_code else [name for name in QUEUES if name != CODE_QUEUE])
     chosen = tuple(name.strip() for name in queues.split(",") if name.strip())
     if not chosen or not set(chosen) <= set(QUEUES):
-        raise typer.BadParameter(f"{queues!r} is not one of: {', '.join(QUEUES)}, {','.join(QUEUES)}.")
+        raise typer.BadParameter(f"{queues!r} is not one of {', '.join(QUEUES)}, nor several with commas between.")
     with session.connection() as connection:
         database.call(connection, "load_run", run_id=0)  # a schema or role that is not fit for work is told at once
     settings = session.settings
     settings = replace(settings, allows_code=settings.allows_code or allow_code)
     level = getattr(logging, log_level.upper())
-    options = WorkerOptions(session.url, settings, chosen, concurrency, level)
+    options = WorkerOptions(session.url, settings, chosen, concurrency, level, most_runs=runs)
     stderr.print(
         f"{workers} worker(s) x {concurrency} calls on queues {', '.join(chosen)}; Ctrl-C drains", markup=False
     )

@@ -54,6 +54,7 @@ class Slice:
     crashes: int = 0
     keeps_grades: bool | None = None
     job_id: int | None = None
+    experiment: str | None = None  # of code
 
 
 @dataclass(slots=True, eq=False)
@@ -170,9 +171,11 @@ class Engine:
         return 0 if self.is_draining or self._loading else max(self._free - self._ready(), 0)
 
     @property
-    def sated_runs(self) -> list[int]:
-        """Ids of the runs of which a worker's fill waits here: more of them would only be kept from other workers."""
-        return [run.run_id for run in self._runs.values() if run.waiting >= self._enough()]
+    def narrowed(self) -> dict[str, Any]:
+        """Which jobs to take, as arguments of take_job; empty: whatever comes next."""
+        # more of a run of which a worker's fill waits here would only be kept from other workers
+        sated = [run.run_id for run in self._runs.values() if run.waiting >= self._enough()]
+        return {"except_runs": sated} if sated else {}
 
     async def wait_for_room(self) -> bool:
         """Wait until another slice is welcome: a worker takes no more work than it can start soon.

@@ -1,0 +1,1 @@
+"""Experiments in code: what is registered, how it is found, and what runs it."""

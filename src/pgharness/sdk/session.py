@@ -1,0 +1,597 @@
+"""Running tasks of a run's code in this process: its function, and items of its maps.
+
+Coroutines run in the loop, other functions in threads of their own. Each task is begun in the database before it runs
+and its end is recorded after all that it told; whoever is interrupted leaves no end, so the task comes back. A task
+that waits for a map holds no place, or maps within maps would block each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import ctypes
+import hashlib
+import inspect
+import json
+import logging
+import random
+import threading
+import traceback
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter
+from pydantic_core import PydanticSerializationError, to_jsonable_python
+
+from pgharness.database import Database, Row
+from pgharness.environment import environment
+from pgharness.gateway import Gateway
+from pgharness.sdk.chat import Chat
+from pgharness.sdk.definition import Experiment
+from pgharness.sdk.journal import Journal, storable_json
+from pgharness.sdk.loading import import_module
+from pgharness.sdk.scope import (
+    AsyncContext,
+    Cancelled,
+    Completed,
+    Context,
+    Failed,
+    Scope,
+    TaskFailed,
+    current,
+    entered,
+)
+
+logger = logging.getLogger(__name__)
+_MAP_CHUNK = 5_000
+_POLL_SECONDS = (0.02, 0.5)
+_LONGEST_KEY = 1_000
+_LONGEST_TRACEBACK = 20_000
+_SUSPECT_CRASHES = 1
+_LOOK_SECONDS = 0.2  # for code that looks at is_cancelled, before it is interrupted
+_ENDING_SECONDS = 1.0  # for code that has seen it
+T = TypeVar("T")
+
+
+class _Interrupt(Cancelled):
+    """Cancelled, as it is raised in a thread from outside; notes that it arrived."""
+
+    arrived: ClassVar[set[int]] = set()
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args or ("the run was cancelled",))
+        _Interrupt.arrived.add(threading.get_ident())
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """A task that is running here."""
+
+    row: Row
+    scope: Scope
+    work: asyncio.Task[Any] | None = None
+    thread: threading.Thread | None = None
+    maps: int = 0  # that it waits for, and holds no place meanwhile
+    has_place: bool = False
+    is_interrupted: bool = False
+    has_looked: bool = False  # at is_cancelled, when it was true
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether its process died while it ran."""
+        return bool(self.row["ordinal"]) and self.row["crashes"] >= _SUSPECT_CRASHES
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """How a function takes its item."""
+
+    is_async: bool
+    takes_context: bool
+    adapter: TypeAdapter[Any] | None  # what makes it of JSON
+    function: Callable[..., Any]
+
+
+class Session:
+    """The tasks of one run in this process."""
+
+    def __init__(
+        self,
+        database: Database,
+        gateway: Gateway,
+        journal: Journal,
+        *,
+        worker_id: int,
+        run: Row,
+        experiment: Experiment,
+        concurrency: int,
+        on_running: Callable[[list[int], int], None] = lambda *_: None,
+    ) -> None:
+        """Prepare to run tasks of a run, which is given as `load_code` answers it.
+
+        `on_running` hears which of them run now, and how many slices rest, whenever that changes.
+        """
+        self._database = database
+        self._journal = journal
+        self._worker_id = worker_id
+        self.run = run
+        self.run_id: int = run["run_id"]
+        self._experiment = experiment
+        self._on_running = on_running
+        self._loop = asyncio.get_running_loop()
+        self._chat = Chat(database, gateway)
+        self._places = asyncio.Semaphore(concurrency)
+        self._alone = asyncio.Lock()
+        self._functions: dict[str, _Item] = {}
+        self._running: dict[int, _Task] = {}
+        self._left: dict[int, set[_Task]] = {}  # of each open slice, the tasks that have not ended
+        self._is_interrupted = False
+        self._is_draining = False
+        self.services = _Services(self)
+
+    # -- slices
+
+    async def run_slice(self, slice: Mapping[str, Any]) -> bool:
+        """Do the tasks of a queue job that are not decided; tell whether none of them has to come back."""
+        rows = await self._database.persist("load_tasks", worker_id=self._worker_id, slice=dict(slice))
+        rows.sort(key=lambda row: row["ordinal"])
+        tasks = [self._begun(row) for row in rows]
+        left = self._left[id(tasks)] = set(tasks)
+
+        async def run(task: _Task) -> bool:
+            is_whole = await self._run_in_place(task)
+            left.discard(task)
+            self._tell_running()
+            return is_whole
+
+        try:
+            return all(await asyncio.gather(*map(run, tasks)))
+        finally:
+            del self._left[id(tasks)]
+
+    async def _run_in_place(self, task: _Task) -> bool:
+        """Run a task once there is a place for it, and see its end recorded; False when it has to come back."""
+        await self._take_place(task)
+        try:
+            if task.scope.ordinal == 0 and self.run["kind"] == "milestone":
+                await asyncio.to_thread(self._keep_origin, task.scope)
+            outcome = None if self._is_interrupted or self._is_draining else await self._run_task(task)
+        finally:
+            self._leave_place(task)
+        if outcome is None:
+            return False
+        # without its place, which is for others now
+        if task.scope.ordinal == 0 and outcome["status"] == "succeeded" and outcome["result"] is not None:
+            task.scope.emit("result", {"key": "return", "value": outcome["result"]})
+        await self._journal.end(self.run_id, task.scope.ordinal, task.scope.attempt, outcome)
+        return True
+
+    async def _take_place(self, task: _Task) -> None:
+        """Wait for a place to run in; a task whose process died while it ran is alone among its like."""
+        async with contextlib.AsyncExitStack() as stack:
+            if task.is_suspect:
+                await self._alone.acquire()  # if it takes the process along again, it is known who did
+                stack.callback(self._alone.release)
+            await self._places.acquire()
+            stack.callback(self._places.release)
+            if not task.maps and not task.has_place:  # else another map of its began, or ended, meanwhile
+                stack.pop_all()
+                task.has_place = True
+
+    def _leave_place(self, task: _Task) -> None:
+        if task.has_place:
+            task.has_place = False
+            self._places.release()
+            if task.is_suspect:
+                self._alone.release()
+
+    def _begun(self, row: Row) -> _Task:
+        ordinal, attempt = row["ordinal"], row["attempt"]
+
+        def emit(kind: str, told: dict[str, Any]) -> None:
+            self._journal.tell(self.run_id, ordinal, attempt, kind, told)
+
+        scope = Scope(
+            run_id=self.run_id,
+            run=self.run["run"],
+            kind=self.run["kind"],
+            ordinal=ordinal,
+            attempt=attempt,
+            emit=emit,
+            services=self.services,
+            config=self.run["config"],
+            seed=_seed(self.run["seed"], row),
+        )
+        return _Task(row, scope)
+
+    def _keep_origin(self, scope: Scope) -> None:
+        """Keep with a milestone what it was made by: its code, the environment and the configuration."""
+        context = Context(scope)
+        context.artifact("code.zip", self._experiment.snapshot())
+        context.artifact("environment.json", json.dumps(environment(), indent=2))
+        context.artifact("config.json", json.dumps(self.run["config"], indent=2))
+
+    async def _run_task(self, task: _Task) -> dict[str, Any] | None:
+        self._running[task.scope.ordinal] = task
+        self._tell_running()
+        try:
+            return await self._outcome(task)
+        finally:
+            del self._running[task.scope.ordinal]
+            self._tell_running()
+
+    async def _outcome(self, task: _Task) -> dict[str, Any] | None:
+        """Run a task and return how it ended; None when it was interrupted."""
+        with entered(task.scope):
+            try:
+                call, is_async = self._call_of(task)
+                if is_async:
+                    task.work = asyncio.create_task(_shielded(call()))
+                    try:
+                        value = await task.work
+                    except _Raised as raised:
+                        raise raised.error from None
+                else:
+                    value = await self._in_thread(task, call)
+                return {"status": "succeeded", "result": _json_result(value)}
+            except Completed:
+                return {"status": "succeeded", "result": None}
+            except Failed as exc:
+                return {"status": "failed", "error": str(exc), "is_final": True}
+            except (Cancelled, asyncio.CancelledError):
+                if not (self._is_interrupted or task.is_interrupted):  # its own doing
+                    return {"status": "failed", "error": "it cancelled itself", "is_final": True}
+                return None
+            except BaseException as exc:
+                return _failure(exc, is_item=bool(task.row["ordinal"]))
+
+    def _call_of(self, task: _Task) -> tuple[Callable[[], Any], bool]:
+        """Return what calls a task's function with what it takes, and whether that gives a coroutine."""
+        row = task.row
+        if row["ordinal"] == 0:
+            experiment, is_async = self._experiment, self._experiment.is_async
+            config = experiment.config(self.run["config"])
+            context = AsyncContext(task.scope) if is_async else Context(task.scope)
+            return lambda: experiment.start(context, config), is_async
+        of = self._function(row["function"])
+        context = AsyncContext(task.scope) if of.is_async else Context(task.scope)
+        item = json.loads(row["argument"]) if of.adapter is None else of.adapter.validate_json(row["argument"])
+        call = (lambda: of.function(context, item)) if of.takes_context else (lambda: of.function(item))
+        return call, of.is_async
+
+    def _function(self, path: str) -> _Item:
+        if path not in self._functions:
+            module, _, name = path.rpartition(":")
+            if module == self._experiment.module:
+                found: Any = inspect.getmodule(inspect.unwrap(self._experiment.function))
+            else:
+                found = import_module(module, self._experiment.root)
+            for part in name.split("."):
+                found = getattr(found, part)
+            self._functions[path] = _Item(inspect.iscoroutinefunction(found), *_signature(found), found)
+        return self._functions[path]
+
+    async def _in_thread(self, task: _Task, call: Callable[[], T]) -> T:
+        """Run a function in a thread of its own, which ends with the process if the function never does."""
+        ended: asyncio.Future[T] = self._loop.create_future()
+        context = contextvars.copy_context()
+
+        def settle(value: Any, error: BaseException | None) -> None:
+            if not ended.done():
+                ended.set_result(value) if error is None else ended.set_exception(_Raised(error))
+
+        def work() -> None:
+            value, error = None, None
+            try:
+                value = context.run(call)
+            except BaseException as exc:
+                error = exc
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(settle, value, error)
+
+        task.thread = threading.Thread(target=work, name=f"task-{task.row['ordinal']}", daemon=True)
+        task.thread.start()
+        try:
+            return await ended
+        except _Raised as raised:
+            raise raised.error from None
+
+    # -- interruption
+
+    def interrupt(self) -> None:
+        """Raise Cancelled in every task here; what it was doing comes back, unless its run has ended.
+
+        Those that look at `is_cancelled` may find it out by themselves, and then have a moment to end as they like.
+        """
+        if not self._is_interrupted:
+            self._is_interrupted = True
+            self._interrupt_all(lambda task: bool(task.maps))
+            self._loop.call_later(_LOOK_SECONDS, self._interrupt_all, lambda task: not task.has_looked)
+            self._loop.call_later(_LOOK_SECONDS + _ENDING_SECONDS, self._interrupt_all, lambda _: True)
+
+    def drain(self) -> None:
+        """Begin nothing more, and let go of what waits for maps; all that comes back."""
+        self._is_draining = True
+        self._interrupt_all(lambda task: bool(task.maps))
+
+    def notice(self, ordinal: int) -> None:
+        """Note that a task has seen that it is cancelled."""
+        if (task := self._running.get(ordinal)) is not None:
+            task.has_looked = True
+
+    def _interrupt_all(self, is_meant: Callable[[_Task], bool]) -> None:
+        for task in [task for task in self._running.values() if not task.is_interrupted and is_meant(task)]:
+            task.is_interrupted = True
+            if task.work is not None:
+                task.work.cancel()
+            elif task.thread is not None and task.thread.ident is not None:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(task.thread.ident), ctypes.py_object(_Interrupt)
+                )
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the tasks here were told to stop."""
+        return self._is_interrupted
+
+    @property
+    def first_scope(self) -> Scope | None:
+        """The task that was begun first of those that run; None when none does."""
+        return next((task.scope for task in self._running.values()), None)
+
+    @property
+    def has_heard(self) -> bool:
+        """Whether every function that runs in a thread has been interrupted, or has ended."""
+        return all(
+            task.thread is None
+            or task.has_looked
+            or not task.thread.is_alive()
+            or task.thread.ident in _Interrupt.arrived
+            for task in self._running.values()
+        )
+
+    def _tell_running(self) -> None:
+        self._on_running([ordinal for ordinal, task in self._running.items() if not task.maps], self.resting)
+
+    @property
+    def resting(self) -> int:
+        """How many open slices only wait for maps; the slices of those have to be taken beside them."""
+        return sum(all(task.maps for task in left) for left in self._left.values() if left)
+
+    @contextlib.asynccontextmanager
+    async def _parked(self, scope: Scope) -> AsyncIterator[None]:
+        """Give a task's place to others while it waits for them."""
+        task = self._running.get(scope.ordinal)
+        if task is None:
+            yield
+            return
+        task.maps += 1
+        self._leave_place(task)
+        self._tell_running()
+        if self._is_draining:
+            self._interrupt_all(lambda each: each is task)
+        try:
+            yield
+        finally:
+            task.maps -= 1
+            if not task.maps:  # else it waits for another one, beside
+                await self._take_place(task)
+            self._tell_running()
+
+    # -- what contexts ask for
+
+    async def map(
+        self,
+        scope: Scope,
+        function: Callable[..., Any],
+        items: Iterable[Any],
+        *,
+        key: Callable[[Any], object] | None,
+        name: str | None,
+        errors: Literal["raise", "collect"],
+        retries: int,
+    ) -> list[Any]:
+        """Have a function done for each item, by whatever worker; return the results in the order of the items."""
+        if errors not in ("raise", "collect"):
+            raise ValueError(f"errors={errors!r} is neither 'raise' nor 'collect'")
+        path = self._path_of(function)
+        label = name or path.rpartition(":")[2]
+        items = list(items)
+        arguments = [to_jsonable_python(item) for item in items]
+        keys = list(_keys(arguments, None if key is None else [key(item) for item in items]))
+        pairs = list(zip(keys, arguments, strict=True))
+        for start in range(0, len(keys), _MAP_CHUNK):
+            await self._database.persist(
+                "add_tasks",
+                run_id=self.run_id,
+                parent=scope.ordinal,
+                attempt=scope.attempt,
+                map=label,
+                function=path,
+                items=storable_json(pairs[start : start + _MAP_CHUNK]),
+                retries=retries,
+            )
+        async with self._parked(scope):
+            delay = _POLL_SECONDS[0]
+            while keys:
+                state = (
+                    await self._database.persist("map_state", run_id=self.run_id, parent=scope.ordinal, map=label)
+                )[0]
+                if state["is_done"]:
+                    break
+                if state["status"] != "running":
+                    raise Cancelled(f"the run is {state['status']}")
+                await asyncio.sleep(delay * (0.8 + 0.4 * random.random()))
+                delay = min(delay * 1.3, _POLL_SECONDS[1])
+        ended = {
+            row["key"]: row
+            for row in await self._database.persist("map_results", run_id=self.run_id, parent=scope.ordinal, map=label)
+        }
+        adapter = _return_adapter(function)
+        results = [_result_of(ended[each], adapter) for each in keys]
+        if errors == "raise" and (failed := [result for result in results if isinstance(result, TaskFailed)]):
+            more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+            raise TaskFailed(failed[0].key, failed[0].error + more)
+        return results
+
+    def _path_of(self, function: Callable[..., Any]) -> str:
+        """Return the name by which any worker finds a function. Raises TypeError for one that has none."""
+        module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "<unknown>")
+        if module is None or "<" in name:
+            raise TypeError(
+                f"map() needs a function that other processes can find, and {name} is none:"
+                " define it at the top of its module"
+            )
+        own = inspect.unwrap(self._experiment.function).__module__
+        return f"{self._experiment.module if module == own else module}:{name}"
+
+    async def close(self) -> None:
+        """Give back what was leased."""
+        await self._chat.close()
+
+
+class _Services:
+    """What contexts reach of a session, from the loop or from threads."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.map = session.map
+        self.complete = session._chat.complete
+
+    @property
+    def is_cancelled(self) -> bool:
+        if self._session.is_interrupted and (scope := current()) is not None:
+            self._session.notice(scope.ordinal)
+        return self._session.is_interrupted
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait in a thread for what is done in the loop; in short steps, or an interruption would not arrive."""
+        loop = self._session._loop
+        if threading.current_thread() is threading.main_thread() and loop.is_running():
+            work.close()
+            raise RuntimeError("this would wait for itself: make the function async and await it")
+        future = asyncio.run_coroutine_threadsafe(work, loop)
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    return future.result(timeout=0.1)
+                if future.done():
+                    return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+class _Raised(Exception):
+    """Carries what a thread raised to the loop, which stops at exceptions that are more than an Exception."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+
+async def _shielded(work: Coroutine[Any, Any, T]) -> T:
+    """Await user code, so that what would stop the loop reaches its task alone."""
+    try:
+        return await work
+    except (SystemExit, KeyboardInterrupt, GeneratorExit, Cancelled, Completed, Failed) as exc:
+        raise _Raised(exc) from None
+
+
+def _seed(seed: int, row: Row) -> int:
+    """Return a task's seed, 31 bits: of the run's, and of what the item is, not of when it was planned."""
+    if row["ordinal"] == 0:
+        return seed & 0x7FFFFFFF
+    digest = hashlib.sha256(f"{seed}\0{row['map']}\0{row['key']}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def _keys(arguments: Sequence[Any], given: Sequence[object] | None) -> Iterator[str]:
+    """Yield a key for each item: the one that was given, else the item itself, numbered where items repeat."""
+    seen: dict[str, int] = {}
+    for argument, key in zip(arguments, [None] * len(arguments) if given is None else given, strict=True):
+        if given is not None:
+            text = str(key)
+        elif isinstance(argument, str) and len(argument) <= 200:
+            text = argument
+        else:
+            text = json.dumps(argument, sort_keys=True, separators=(",", ":"))
+            if len(text) > 200:
+                text = hashlib.sha256(text.encode()).hexdigest()
+        if len(text) > _LONGEST_KEY:
+            raise ValueError(f"the key {text[:50]!r}… has more than {_LONGEST_KEY} characters")
+        count = seen[text] = seen.get(text, 0) + 1
+        if count > 1 and given is not None:
+            raise ValueError(f"two items have the key {text!r}: a key is one item's alone")
+        yield text if count == 1 else f"{text}~{count}"
+
+
+def _result_of(row: Row, adapter: TypeAdapter[Any] | None) -> Any:
+    if row["status"] == "failed":
+        return TaskFailed(row["key"], row["error"])
+    text = "null" if row["result"] is None else row["result"]
+    return json.loads(text) if adapter is None else adapter.validate_json(text)
+
+
+def _signature(function: Callable[..., Any]) -> tuple[bool, TypeAdapter[Any] | None]:
+    """Tell whether a function of an item takes a context first, and what makes its item of JSON."""
+    parameters = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        and parameter.default is parameter.empty
+    ]
+    hints = _hints(function)
+    takes_context = len(parameters) > 1 or any(
+        hints.get(parameter.name) in (Context, AsyncContext) for parameter in parameters
+    )
+    item = parameters[-1] if parameters else None
+    annotation = hints.get(item.name) if item is not None else None
+    return takes_context, _adapter(annotation)
+
+
+def _return_adapter(function: Callable[..., Any]) -> TypeAdapter[Any] | None:
+    return _adapter(_hints(function).get("return"))
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(inspect.unwrap(function))
+    except (NameError, TypeError):
+        return {}
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
+    if annotation is None or annotation in (Any, inspect.Parameter.empty, object):
+        return None
+    try:
+        return TypeAdapter(annotation)
+    except Exception:  # a type that pydantic knows nothing of stays as JSON has it
+        return None
+
+
+def _json_result(value: Any) -> Any:
+    """Return a result as JSON. Raises TypeError for one that is none."""
+    try:
+        return to_jsonable_python(value, inf_nan_mode="strings")
+    except (PydanticSerializationError, ValueError, RecursionError) as exc:
+        raise TypeError(f"its result is a {type(value).__name__}, which cannot be kept as JSON: {exc}") from None
+
+
+def _failure(error: BaseException, *, is_item: bool) -> dict[str, Any]:
+    if isinstance(error, _Raised):
+        error = error.error
+    text = "".join(traceback.format_exception(error))
+    if isinstance(error, SystemExit):
+        said = f"it called sys.exit({error.code!r})"
+    else:
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    return {
+        "status": "failed",
+        "error": (said + notes)[:4_000],
+        "traceback": text[-_LONGEST_TRACEBACK:],
+        "is_final": not is_item,
+    }
