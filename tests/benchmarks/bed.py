@@ -169,9 +169,9 @@ class Bed:
         """Run one worker process of the command line, idle when this returns; it is drained in the end."""
         command = [sys.executable, "-m", "pgharness", "worker", "--workers", "1", "--concurrency", str(concurrency)]
         command += ["--queues", "note,grade"]  # what code there is where this runs has no part in it
-        with self._program(command, {"PGHARNESS_DATABASE_URL": url}) as program, connected(url) as connection:
+        with self.program(command, {"PGHARNESS_DATABASE_URL": url}) as program, connected(url) as connection:
             ready = "select pid from pgharness.workers where status = 'running' and queue_worker_id is not null"
-            process = Process(self._wait_for(program, lambda: scalar(connection, ready)))
+            process = Process(self.wait_for(program, lambda: scalar(connection, ready)))
             time.sleep(0.5)  # until it listens
             yield process
 
@@ -179,14 +179,14 @@ class Bed:
     def stub(self, latency: float) -> Iterator[tuple[str, Process]]:
         """Run the provider stub in a process of its own; yield its OpenAI-compatible base URL, and the process."""
         command = [sys.executable, str(HERE.parent / "stub_provider.py"), "--latency", str(latency)]
-        with self._program(command) as program:
+        with self.program(command) as program:
             assert program.stdout is not None
             yield program.stdout.readline().strip(), Process(program.pid)
 
     @contextlib.contextmanager
     def baseline(self, *arguments: object) -> Iterator[subprocess.Popen[str]]:
         """Run one of the programs of baselines.py."""
-        with self._program([sys.executable, str(HERE / "baselines.py"), *map(str, arguments)]) as program:
+        with self.program([sys.executable, str(HERE / "baselines.py"), *map(str, arguments)]) as program:
             yield program
 
     def baseline_answer(self, *arguments: object) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class Bed:
 
     def program_answer(self, command: Sequence[str]) -> dict[str, Any]:
         """Run a program to its end; return the JSON that it prints."""
-        with self._program(command) as program:
+        with self.program(command) as program:
             output, _ = program.communicate(timeout=PATIENCE_SECONDS)
             if program.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{self._log()}")
@@ -203,9 +203,10 @@ class Bed:
             return answer
 
     @contextlib.contextmanager
-    def _program(
+    def program(
         self, command: Sequence[str], extra: Mapping[str, str] | None = None
     ) -> Iterator[subprocess.Popen[str]]:
+        """Run a program with no variables of Postgres or ours but those given; it is ended in the end."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")} | dict(
             extra or {}
         )
@@ -219,7 +220,8 @@ class Bed:
                 except subprocess.TimeoutExpired:
                     os.killpg(program.pid, signal.SIGKILL)
 
-    def _wait_for(self, program: subprocess.Popen[str], condition: Any) -> Any:
+    def wait_for(self, program: subprocess.Popen[str], condition: Any) -> Any:
+        """Return what a condition gives once that is anything but None, while a program runs."""
         deadline = time.monotonic() + 60
         while (found := condition()) is None:
             if program.poll() is not None or time.monotonic() > deadline:

@@ -23,6 +23,7 @@ from typing import Any
 
 import comparison
 import figures
+import telling
 import views
 import windows
 from bed import Bed
@@ -32,7 +33,7 @@ from rich.table import Table
 
 from pgharness.environment import environment
 
-NAMES = ("items", "inspect", "calls", "http", "memory", "planning", "views", "start", "sharing")
+NAMES = ("items", "inspect", "calls", "http", "memory", "planning", "views", "start", "sharing", "telling")
 INSPECT_PYTHON = "PGHARNESS_BENCH_INSPECT_PYTHON"
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
 stderr = Console(stderr=True, highlight=False)
@@ -61,6 +62,7 @@ def lines(bed: Bed, wanted: set[str], inspect_python: Path | None) -> Iterator[L
         "views": views.views,
         "start": figures.start,
         "sharing": figures.sharing,
+        "telling": telling.telling,
     }
     for name, figure in others.items():
         if name in wanted:
