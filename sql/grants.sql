@@ -51,8 +51,8 @@ begin
         pgharness.block_model(bigint, double precision),
         pgharness.add_tasks(bigint, bigint, integer, text, text, text, integer), pgharness.map_state(bigint, bigint, text), pgharness.map_results(bigint, bigint, text),
         pgharness.load_code(bigint), pgharness.load_tasks(bigint, jsonb), pgharness.start_version(bigint, bigint), pgharness.record_tasks(bigint, bigint, jsonb),
-        pgharness.lose_tasks(bigint, bigint[], text, integer), pgharness.fail_run(bigint, text), pgharness.expire_runs(),
-        pgharness.record_told(bigint, bigint, jsonb, jsonb), pgharness.keep_artifact(bigint, bigint, integer, text, text, bytea),
+        pgharness.lose_tasks(bigint, bigint[], integer[], text, integer), pgharness.fail_run(bigint, text), pgharness.expire_runs(),
+        pgharness.record_told(bigint, bigint, text, bigint, jsonb, jsonb), pgharness.keep_artifact(bigint, text, bigint, bigint, integer, text, text, bytea),
         pgharness.serve_experiments(bigint, text[]), pgharness.load_model(text), pgharness.join_queue(bigint), pgharness.end_slice(bigint)
         from pgharness_author;
 
@@ -76,8 +76,8 @@ begin
         pgharness.block_model(bigint, double precision),
         pgharness.add_tasks(bigint, bigint, integer, text, text, text, integer), pgharness.map_state(bigint, bigint, text), pgharness.map_results(bigint, bigint, text),
         pgharness.load_code(bigint), pgharness.load_tasks(bigint, jsonb), pgharness.start_version(bigint, bigint), pgharness.record_tasks(bigint, bigint, jsonb),
-        pgharness.lose_tasks(bigint, bigint[], text, integer), pgharness.fail_run(bigint, text), pgharness.expire_runs(),
-        pgharness.record_told(bigint, bigint, jsonb, jsonb), pgharness.keep_artifact(bigint, bigint, integer, text, text, bytea),
+        pgharness.lose_tasks(bigint, bigint[], integer[], text, integer), pgharness.fail_run(bigint, text), pgharness.expire_runs(),
+        pgharness.record_told(bigint, bigint, text, bigint, jsonb, jsonb), pgharness.keep_artifact(bigint, text, bigint, bigint, integer, text, text, bytea),
         pgharness.serve_experiments(bigint, text[]), pgharness.load_model(text), pgharness.join_queue(bigint), pgharness.end_slice(bigint),
         pgharness.register_experiment(text, text, text, text, text, text, jsonb, double precision, integer, integer, text, boolean, text, boolean),
         pgharness.log(bigint, text, text, jsonb), pgharness.record_result(bigint, text, jsonb)

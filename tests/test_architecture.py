@@ -25,11 +25,11 @@ ROWS = (
     {"queue"},
     {"sdk"},
     {"clinical_runner", "execution", "report"},
-    {"archiving", "datasets", "grading", "importing", "metrics", "trace", "telemetry", "training", "redteam"},
+    {"archiving", "datasets", "grading", "hooks", "importing", "metrics", "trace", "telemetry", "training", "redteam"},
     {"gateway", "prompts"},
     {"schema"},
     {"database", "embedded"},
-    {"settings"},
+    {"plugins", "settings"},
     {"environment", "errors", "types", "stats"},
     {"__init__"},
 )

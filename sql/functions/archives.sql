@@ -25,7 +25,8 @@ as $$
            (19, 'timings',          '{id}',                                        't.run_id = $1', false),
            (20, 'logged_calls',     '{id}',                                        't.run_id = $1', false),
            (21, 'artifacts',        '{id}',                                        't.run_id = $1', false),
-           (22, 'progress_reports', '{run_id}',                                    't.run_id = $1', false);
+           (22, 'progress_reports', '{run_id}',                                    't.run_id = $1', false),
+           (23, 'tellers',          '{teller}',                                    't.run_id = $1', false);
 $$;
 comment on function pgharness._archive_members() is
 'The tables in an archive, in the order in which their rows can come back: the key that orders a run''s rows, which rows are its own ($1 is the run), and whether they leave the database. Failures stay: they are few, say what failed, and make retry_failed() refuse. So does what a run of code told beside its results and its log.';

@@ -65,7 +65,8 @@ create or replace function pgharness._plan_code(run_id bigint) returns void
     language sql volatile security definer set search_path = pgharness, pg_temp
 as $$
     insert into tasks (run_id, ordinal) values (_plan_code.run_id, 0);
-    update runs as r set task_count = 1 where r.id = _plan_code.run_id;
+    update runs as r set task_count = 1, timeout_seconds = (select (d.definition ->> 'timeout_seconds')::double precision from run_definitions as d where d.run_id = r.id)
+     where r.id = _plan_code.run_id;
     select _defer(_plan_code.run_id, 'task', array['{"ordinals": [0]}'::jsonb], comes_anew => true);
 $$;
 comment on function pgharness._plan_code(bigint) is 'Plan a run of code: one task, its function.';
@@ -186,8 +187,8 @@ create or replace function pgharness.record_tasks(worker_id bigint, run_id bigin
 as $$
 declare
     v_run   runs := _lock_run(record_tasks.run_id);
+    v_delay interval := make_interval(secs => _retry_delay(null, 1));
     v_done  record;
-    v_again bigint[];
     v_root  record;
 begin
     if v_run.finished_at is null then
@@ -197,7 +198,7 @@ begin
             update tasks as t
                set status = case when o.status = 'succeeded' then 'succeeded' when o.is_final or t.failures + 1 >= t.max_attempts then 'failed' else 'waiting' end,
                    result = o.result, error = o.error, traceback = o.traceback, crashes = 0,
-                   failures = t.failures + (o.status = 'failed')::integer,
+                   failures = t.failures + (o.status = 'failed')::integer, next_attempt_at = clock() + v_delay,
                    finished_at = case when o.status = 'succeeded' or o.is_final or t.failures + 1 >= t.max_attempts then clock() end
               from told as o
              -- of a task that was begun anew since, the earlier try says nothing
@@ -209,7 +210,7 @@ begin
           into v_done from ended as e;
         update runs as r set tasks_succeeded = r.tasks_succeeded + v_done.succeeded, tasks_failed = r.tasks_failed + v_done.failed where r.id = v_run.id;
         if v_done.again is not null and v_run.status = 'running' then
-            perform _defer_list(v_run.id, 'task', v_done.again, 1, clock() + make_interval(secs => _retry_delay(null, 1)));
+            perform _defer_list(v_run.id, 'task', v_done.again, 1, (select max(t.next_attempt_at) from tasks as t where t.run_id = v_run.id and t.ordinal = any (v_done.again)));
         end if;
         if v_done.has_ended then
             select o.status, o.error into v_root from jsonb_to_recordset(record_tasks.outcomes) as o (ordinal bigint, status text, error text) where o.ordinal = 0;
@@ -222,37 +223,42 @@ $$;
 comment on function pgharness.record_tasks(bigint, bigint, jsonb) is
 'For workers: record how tries of tasks of a run ended (an array of {ordinal, attempt, status: succeeded or failed, result, error, traceback, is_final}); a failed one is queued again while it has attempts left, and the run ends with its function. Idempotent: the end of an earlier try is ignored. Answers the state of the run. Example: select * from pgharness.record_tasks(1, 7, ''[]'');';
 
-create or replace function pgharness.lose_tasks(run_id bigint, ordinals bigint[], reason text, limit_crashes integer) returns bigint[]
+create or replace function pgharness.lose_tasks(run_id bigint, ordinals bigint[], attempts integer[], reason text, limit_crashes integer) returns bigint[]
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
     v_run  runs := _lock_run(lose_tasks.run_id);
     v_lost bigint[];
+    v_any  boolean;
 begin
     if v_run.finished_at is not null then
         return '{}';
     end if;
     with ended as (
         update tasks as t
-           set crashes = t.crashes + 1,
+           set crashes = t.crashes + 1, crashed_attempt = t.attempts,
                status = case when t.crashes + 1 >= lose_tasks.limit_crashes then 'failed' else t.status end,
                error = case when t.crashes + 1 >= lose_tasks.limit_crashes then lose_tasks.reason end,
                finished_at = case when t.crashes + 1 >= lose_tasks.limit_crashes then clock() end
-         where t.run_id = v_run.id and t.ordinal = any (lose_tasks.ordinals) and t.status = 'waiting'
+          from unnest(lose_tasks.ordinals, lose_tasks.attempts) as lost (ordinal, attempt)
+         -- not of a task that was begun anew since, and once for each try
+         where t.run_id = v_run.id and t.ordinal = lost.ordinal and t.attempts = lost.attempt and t.status = 'waiting' and t.crashed_attempt is distinct from lost.attempt
         returning t.ordinal, t.status
     )
-    select coalesce(array_agg(e.ordinal) filter (where e.status = 'failed'), '{}') into v_lost from ended as e;
-    insert into logs (run_id, level, message, data)
-    values (v_run.id, 'error', lose_tasks.reason, jsonb_build_object('tasks', lose_tasks.ordinals[1:100], 'failed', v_lost[1:100]));
-    update runs as r set tasks_failed = r.tasks_failed + cardinality(v_lost) where r.id = v_run.id;
-    if 0 = any (v_lost) then
-        perform _set_status(v_run.id, 'failed', lose_tasks.reason);
+    select coalesce(array_agg(e.ordinal) filter (where e.status = 'failed'), '{}'), count(*) > 0 into v_lost, v_any from ended as e;
+    if v_any then
+        insert into logs (run_id, level, message, data)
+        values (v_run.id, 'error', lose_tasks.reason, jsonb_build_object('tasks', lose_tasks.ordinals[1:100], 'failed', v_lost[1:100]));
+        update runs as r set tasks_failed = r.tasks_failed + cardinality(v_lost) where r.id = v_run.id;
+        if 0 = any (v_lost) then
+            perform _set_status(v_run.id, 'failed', lose_tasks.reason);
+        end if;
     end if;
     return v_lost;
 end;
 $$;
-comment on function pgharness.lose_tasks(bigint, bigint[], text, integer) is
-'For workers: count a crash of the tasks that were running when their process ended, and fail those that reach a number of crashes, with their run if its function is one of them. Returns those that failed. Example: select pgharness.lose_tasks(7, ''{0}'', ''its process ended with status 1'', 1);';
+comment on function pgharness.lose_tasks(bigint, bigint[], integer[], text, integer) is
+'For workers: count a crash of the tries of tasks that were running when their process ended, and fail the tasks that reach a number of crashes, with their run if its function is one of them. Returns those that failed. Idempotent; what was begun anew since is left alone. Example: select pgharness.lose_tasks(7, ''{0}'', ''{1}'', ''its process ended with status 1'', 1);';
 
 create or replace function pgharness.fail_run(run_id bigint, reason text) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -278,13 +284,12 @@ declare
     v_count integer := 0;
 begin
     for v_run in
-        select r.id, (d.definition ->> 'timeout_seconds')::double precision as seconds
+        select r.id, r.timeout_seconds as seconds
           from runs as r
-          join run_definitions as d on d.run_id = r.id
           join tasks as t on t.run_id = r.id and t.ordinal = 0
-         where r.status = 'running' and r.task_count > 0
+         where r.status = 'running' and r.finished_at is null and r.task_count > 0
            -- since its function was begun: to wait for a worker takes no time of its own
-           and extract(epoch from clock() - greatest(t.started_at, r.activated_at)) > (d.definition ->> 'timeout_seconds')::double precision and t.started_at is not null
+           and extract(epoch from clock() - greatest(t.started_at, r.activated_at)) > r.timeout_seconds and t.started_at is not null
          order by r.id for no key update of r skip locked
     loop
         perform fail_run(v_run.id, format('it ran for longer than its %s seconds', v_run.seconds));
@@ -296,16 +301,31 @@ $$;
 comment on function pgharness.expire_runs() is
 'For workers: fail runs of code whose function has been running for longer than their experiment allows; returns how many. Example: select pgharness.expire_runs();';
 
-create or replace function pgharness.record_told(worker_id bigint, run_id bigint, lines jsonb, rows jsonb) returns table (status text, epoch integer)
+create or replace function pgharness._is_new(run_id bigint, teller text, number bigint) returns boolean
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+as $$
+begin
+    insert into tellers as t (run_id, teller, last_group) values (_is_new.run_id, _is_new.teller, _is_new.number)
+    on conflict on constraint tellers_pkey do update set last_group = excluded.last_group where t.last_group < excluded.last_group;
+    return found;
+end;
+$$;
+comment on function pgharness._is_new(bigint, text, bigint) is 'Remember the number of a group that a process tells; false for one that it told before. The caller holds the run''s row lock.';
+
+create or replace function pgharness.record_told(worker_id bigint, run_id bigint, teller text, number bigint, lines jsonb, rows jsonb) returns table (status text, epoch integer)
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
-    v_run   runs;
+    -- locked, so that a try which is begun anew meanwhile finds all that this one told
+    v_run   runs := _lock_run(record_told.run_id);
     v_limit bigint;
     v_bytes bigint := 0;
     v_cost  numeric := 0;
 begin
-    select * into v_run from runs as r where r.id = record_told.run_id;
+    if not _is_new(v_run.id, record_told.teller, record_told.number) then
+        return query select v_run.status, v_run.epoch;
+        return;
+    end if;
     v_limit := (select (d.definition ->> 'log_mb')::bigint from run_definitions as d where d.run_id = v_run.id) * 1000000;
     if record_told.lines <> '[]' then
         v_bytes := octet_length(record_told.lines::text);
@@ -330,8 +350,8 @@ begin
     return query select r.status, r.epoch from runs as r where r.id = v_run.id;
 end;
 $$;
-comment on function pgharness.record_told(bigint, bigint, jsonb, jsonb) is
-'For workers: store what tasks of a run told: lines of its log as arrays of task, attempt, level, message, data, time; all else as objects with kind (result, metric, timing, llm_call, progress, call), task, attempt, created_at and the columns of its table. What a try of a task that was begun anew since tells is dropped, its log excepted. NOTIFYs channel pgharness (event run.told). Answers the state of the run. Example: select * from pgharness.record_told(1, 7, ''[[0, 1, "info", "begun", {}, "2026-01-01T00:00:00Z"]]'', ''[]'');';
+comment on function pgharness.record_told(bigint, bigint, text, bigint, jsonb, jsonb) is
+'For workers: store what tasks of a run told: lines of its log as arrays of task, attempt, level, message, data, time; all else as objects with kind (result, metric, timing, llm_call, progress, call), task, attempt, created_at and the columns of its table. What a try of a task that was begun anew since tells is dropped, its log excepted. A group that the same teller sends again under its number counts once. NOTIFYs channel pgharness (event run.told). Answers the state of the run. Example: select * from pgharness.record_told(1, 7, ''me'', 1, ''[[0, 1, "info", "begun", {}, "2026-01-01T00:00:00Z"]]'', ''[]'');';
 
 create or replace function pgharness._record_rows(worker_id bigint, run_id bigint, rows jsonb) returns numeric
     language sql volatile security definer set search_path = pgharness, pg_temp
@@ -381,23 +401,26 @@ as $$
 $$;
 comment on function pgharness._record_rows(bigint, bigint, jsonb) is 'Store what tasks told, each kind in its table, in order; returns the cost of the calls among it.';
 
-create or replace function pgharness.keep_artifact(run_id bigint, task bigint, attempt integer, name text, media_type text, content bytea) returns text
+create or replace function pgharness.keep_artifact(run_id bigint, teller text, number bigint, task bigint, attempt integer, name text, media_type text, content bytea) returns text
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
+    v_run    runs := _lock_run(keep_artifact.run_id);
     v_digest text := encode(sha256(content), 'hex');
 begin
-    if not exists (select from tasks as t where t.run_id = keep_artifact.run_id and t.ordinal = keep_artifact.task and t.attempts = keep_artifact.attempt) then
+    if not _is_new(v_run.id, keep_artifact.teller, keep_artifact.number) then
+        return v_digest;
+    elsif not exists (select from tasks as t where t.run_id = keep_artifact.run_id and t.ordinal = keep_artifact.task and t.attempts = keep_artifact.attempt) then
         return null;                                    -- begun anew since
     end if;
-    insert into artifact_contents (digest, content) values (v_digest, keep_artifact.content) on conflict do nothing;
+    insert into artifact_contents (digest, content) values (v_digest, keep_artifact.content) on conflict on constraint artifact_contents_pkey do update set created_at = now();  -- locked, lest it be purged
     insert into artifacts (run_id, task, attempt, name, media_type, digest, size_bytes)
     values (keep_artifact.run_id, keep_artifact.task, keep_artifact.attempt, keep_artifact.name, keep_artifact.media_type, v_digest, octet_length(keep_artifact.content));
     return v_digest;
 end;
 $$;
-comment on function pgharness.keep_artifact(bigint, bigint, integer, text, text, bytea) is
-'For workers: keep a file with a run; equal contents are stored once. Returns its SHA-256, or null when the task was begun anew since. Example: select pgharness.keep_artifact(7, 0, 1, ''plot.png'', ''image/png'', ''\x00'');';
+comment on function pgharness.keep_artifact(bigint, text, bigint, bigint, integer, text, text, bytea) is
+'For workers: keep a file with a run; equal contents are stored once. Returns its SHA-256, or null when the task was begun anew since. What the same teller sends again under its number counts once. Example: select pgharness.keep_artifact(7, ''me'', 2, 0, 1, ''plot.png'', ''image/png'', ''\x00'');';
 
 create or replace function pgharness._delete_contents() returns trigger
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -512,15 +535,22 @@ comment on function pgharness.end_slice(bigint) is
 create or replace function pgharness._retry_tasks(run pgharness.runs) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
+declare
+    v_failed bigint[] := array(select t.ordinal from tasks as t where t.run_id = (run).id and t.status = 'failed' order by t.ordinal);
 begin
-    update tasks as t set status = 'waiting', error = null, traceback = null, failures = 0, crashes = 0, finished_at = null
-     where t.run_id = (run).id and t.status = 'failed';
-    if found then
-        update runs as r set tasks_failed = 0 where r.id = (run).id;
-        if (run).status <> 'paused' then
-            perform _set_status((run).id, 'running', null);
-            perform _requeue((run).id);
-        end if;
+    if cardinality(v_failed) = 0 then
+        return;
+    end if;
+    -- its function with them, whatever became of it: it goes over what is done, and ends the run
+    update tasks as t set status = 'waiting', result = null, error = null, traceback = null, failures = 0, crashes = 0, next_attempt_at = null, finished_at = null
+     where t.run_id = (run).id and (t.ordinal = any (v_failed) or t.ordinal = 0) and t.status <> 'waiting';
+    update runs as r
+       set tasks_failed = 0, tasks_succeeded = (select count(*) from tasks as t where t.run_id = r.id and t.status = 'succeeded') where r.id = (run).id;
+    if (run).status = 'running' then                    -- what is in flight goes on
+        perform _defer_list((run).id, 'task', v_failed, 20);
+    elsif (run).status <> 'paused' then
+        perform _set_status((run).id, 'running', null);
+        perform _requeue((run).id);
     end if;
 end;
 $$;

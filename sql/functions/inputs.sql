@@ -473,6 +473,9 @@ declare
     v_allowed text[];
     v_key     text;
 begin
+    if metric ~ '^plugin:.' then
+        return;                                         -- only workers know which are installed, and their options
+    end if;
     v_allowed := case metric
         when 'exact_match' then array['ignore_case', 'ignore_space']
         when 'contains' then array['ignore_case']
@@ -481,7 +484,7 @@ begin
     end;
     if v_allowed is null then
         raise exception 'metric "%" does not exist', metric
-            using errcode = 'PH002', hint = 'Use exact_match, numeric_match, contains or regex.';
+            using errcode = 'PH002', hint = 'Use exact_match, numeric_match, contains or regex, or plugin:NAME for one that is installed where workers run.';
     end if;
     select k into v_key from jsonb_object_keys(parameters) as k where k <> all (v_allowed) limit 1;
     if v_key is not null then
@@ -490,7 +493,7 @@ begin
     end if;
 end;
 $$;
-comment on function pgharness._check_metric(text, jsonb) is 'Refuse an unknown metric or option (PH002).';
+comment on function pgharness._check_metric(text, jsonb) is 'Refuse an unknown metric or option (PH002); those of plugins (plugin:NAME) are for workers to judge.';
 
 create or replace function pgharness._refuse_change() returns trigger
     language plpgsql volatile security invoker set search_path = pgharness, pg_temp

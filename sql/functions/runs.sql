@@ -152,7 +152,8 @@ begin
         end if;
     end if;
     select bool_or(c.grader_id is not null and c.rubric_count = 0
-                   and not (c.grader ->> 'model' = 'regex' and c.grader -> 'parameters' ? 'pattern'))
+                   and not (c.grader ->> 'model' = 'regex' and c.grader -> 'parameters' ? 'pattern')
+                   and not (c.grader ->> 'provider' = 'metric' and c.grader ->> 'model' like 'plugin:%'))
       into v_needs_target from run_combinations as c where c.run_id = _freeze_rubrics.run_id;
     if v_needs_target then
         v_lacking := array(

@@ -6,7 +6,7 @@ create or replace function pgharness._slice_size(items bigint, seconds double pr
 as $$
     select greatest(1, least(500, greatest(ceil(items / 2000.0),
                                            least(ceil(items / greatest(64.0, 8 * alive.workers)), ceil(10 * alive.concurrency / nullif(seconds, 0))))))::integer
-      from (select count(*) as workers, avg(w.concurrency) as concurrency from workers as w where w.status = 'running') as alive;
+      from (select count(*) as workers, avg(w.concurrency) as concurrency from workers as w where w.status = 'running' and w.queues <> '{}') as alive;
 $$;
 comment on function pgharness._slice_size(bigint, double precision) is
 'How many items a slice holds, given how many there are and the seconds that one takes (null when unknown): small enough to spread a run over the workers alive and those to come, and not to keep one of them busy for more than 10 seconds; at most 500, for then the queue''s per-job cost does not show, and more when there would be over 2,000 slices.';
@@ -148,7 +148,8 @@ begin
     if kind = 'task' then
         return query
         select o from unnest(_missing.ordinals) as o
-         where exists (select from tasks as t where t.run_id = _missing.run_id and t.ordinal = o and t.status = 'waiting' offset 0) order by o;
+         where exists (select from tasks as t where t.run_id = _missing.run_id and t.ordinal = o and t.status = 'waiting'
+                                                and (t.next_attempt_at is null or t.next_attempt_at <= clock()) offset 0) order by o;
     elsif kind = 'note' then
         return query
         select o from unnest(_missing.ordinals) as o
@@ -207,6 +208,7 @@ begin
     perform _drop_jobs(_requeue.run_id);
     update runs as r set epoch = r.epoch + 1 where r.id = _requeue.run_id returning r.* into v_run;
     if v_run.task_count > 0 then
+        update tasks as t set next_attempt_at = null where t.run_id = v_run.id and t.status = 'waiting' and t.next_attempt_at is not null;
         perform _defer_list(v_run.id, 'task', array(
             select t.ordinal from tasks as t where t.run_id = v_run.id and t.status = 'waiting' and t.ordinal > 0 order by t.ordinal), 20);
         perform _defer_list(v_run.id, 'task', array(select t.ordinal from tasks as t where t.run_id = v_run.id and t.status = 'waiting' and t.ordinal = 0), 1);

@@ -91,7 +91,7 @@ begin
         return false;
     end if;
     perform _defer_list((v_args ->> 'run_id')::bigint, v_args ->> 'kind', array(select o from unnest(share_slice.ordinals) as o order by o),
-                        ceil(cardinality(share_slice.ordinals) / (select greatest(8.0, 4 * count(*)) from workers as w where w.status = 'running'))::integer);
+                        ceil(cardinality(share_slice.ordinals) / (select greatest(8.0, 4 * count(*)) from workers as w where w.status = 'running' and w.queues <> '{}'))::integer);
     return true;
 end;
 $$;
@@ -117,7 +117,8 @@ begin
     if not found then
         return;                                         -- nobody waits for it any more
     end if;
-    v_crashes := coalesce((v_job.args ->> 'crashes')::integer, 0) + has_crashed::integer;
+    -- of code, the process of the run is to blame or not, which its worker knows, and says
+    v_crashes := case when v_job.args ->> 'kind' = 'task' then 0 else coalesce((v_job.args ->> 'crashes')::integer, 0) + has_crashed::integer end;
     v_items := array(
         select m from _missing(v_run.id, v_job.args ->> 'kind', _ordinals(v_job.args)) as m
          where not exists (select from failures as f where f.run_id = v_run.id and f.kind = v_job.args ->> 'kind' and f.ordinal = m and f.next_attempt_at > clock()));

@@ -1,8 +1,8 @@
 -- Experiments in code: their versions, the tasks of their runs, and what those tell. New tables; checks and columns of existing ones change under a brief lock.
 
 -- squawk-ignore ban-drop-constraint
+alter table pgharness.experiments drop constraint experiments_kind_check;
 alter table pgharness.experiments
-    drop constraint experiments_kind_check,
     add column version integer,
     add column timeout_seconds double precision not null default 86400 constraint experiments_timeout_seconds_check check (timeout_seconds > 0),
     add column memory_mb integer not null default 4096 constraint experiments_memory_mb_check check (memory_mb >= 64),
@@ -68,11 +68,13 @@ alter table pgharness.runs
     add column tasks_succeeded bigint not null default 0,
     add column tasks_failed bigint not null default 0,
     add column task_cost_usd numeric(16, 8) not null default 0,
-    add column log_bytes bigint not null default 0;
+    add column log_bytes bigint not null default 0,
+    add column timeout_seconds double precision;
 comment on column pgharness.runs.task_count is 'Of code: its function, and the items of its maps so far. 0 for notes and grades.';
 comment on column pgharness.runs.tasks_succeeded is 'Tasks that are done.';
 comment on column pgharness.runs.tasks_failed is 'Tasks that failed for good.';
 comment on column pgharness.runs.task_cost_usd is 'Cost of all calls that its code made, failed ones included.';
+comment on column pgharness.runs.timeout_seconds is 'Of code: seconds that its function may run.';
 comment on column pgharness.runs.log_bytes is 'Text that its code has logged.';
 
 alter table pgharness.workers add column experiments text[] not null default '{}';
@@ -94,6 +96,8 @@ create table pgharness.tasks (
     attempts       integer not null default 0,
     failures       integer not null default 0,
     crashes        integer not null default 0,
+    crashed_attempt integer,
+    next_attempt_at timestamptz,
     worker_id      bigint,
     created_at     timestamptz not null default now(),
     started_at     timestamptz,
@@ -106,7 +110,8 @@ create table pgharness.tasks (
     constraint tasks_worker_id_fkey foreign key (worker_id) references pgharness.workers (id) on delete restrict
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
 create index tasks_worker_id_idx on pgharness.tasks (worker_id);
-create index tasks_waiting_idx on pgharness.tasks (run_id, parent_ordinal, map) where status = 'waiting';
+-- not for looking up a run's tasks by their ordinals, for which it would seem good while the table's statistics are old
+create index tasks_waiting_idx on pgharness.tasks (parent_ordinal, map, run_id) where status = 'waiting';
 comment on table pgharness.tasks is
 'One row per task of a run of code: its function (ordinal 0), and each item of its maps. Read them through task_results.';
 comment on column pgharness.tasks.ordinal is 'Its number in the run, from 0.';
@@ -121,6 +126,8 @@ comment on column pgharness.tasks.result is 'What it returned.';
 comment on column pgharness.tasks.attempts is 'Times that it was begun; what earlier tries told is taken back when it is begun anew, but for their logs.';
 comment on column pgharness.tasks.failures is 'Times that it failed.';
 comment on column pgharness.tasks.crashes is 'Times that its process died while it ran.';
+comment on column pgharness.tasks.crashed_attempt is 'The try that crashed last.';
+comment on column pgharness.tasks.next_attempt_at is 'When it is tried again, after it failed.';
 comment on column pgharness.tasks.worker_id is 'The worker that began it last.';
 comment on column pgharness.tasks.traceback is 'Of the exception by which it failed last.';
 
@@ -241,3 +248,27 @@ create table pgharness.progress_reports (
 comment on table pgharness.progress_reports is 'One row per run whose code said how far it is: the latest word.';
 comment on column pgharness.progress_reports.position is 'How far it is, of the total.';
 comment on column pgharness.progress_reports.total is 'How far it will be in the end; null when that is not known.';
+
+-- squawk-ignore ban-drop-constraint
+alter table pgharness.models drop constraint models_provider_check;
+alter table pgharness.models
+    add constraint models_provider_check check (provider in ('openai', 'openai_responses', 'anthropic', 'gemini', 'openai_compatible',
+                                                             'simulator', 'command', 'python', 'plugin', 'metric')) not valid;
+-- a handful of rows
+-- squawk-ignore constraint-missing-not-valid
+alter table pgharness.models validate constraint models_provider_check;
+comment on column pgharness.models.provider is
+'openai (chat completions), openai_responses, anthropic, gemini, openai_compatible (vLLM, llama.cpp, Ollama: needs base_url), simulator, command (an external program), python (module:function), plugin (an entry point of group pgharness.models that workers have), metric (exact_match, numeric_match, contains, regex, or plugin:NAME).';
+comment on column pgharness.models.model is 'The provider''s own name of the model, the callable''s module:function, the plugin''s name, or the metric''s.';
+
+create table pgharness.tellers (
+    run_id     bigint not null,
+    teller     text not null,
+    last_group bigint not null,
+    constraint tellers_pkey primary key (run_id, teller),
+    constraint tellers_run_id_fkey foreign key (run_id) references pgharness.runs (id) on delete cascade
+) with (fillfactor = 50);
+comment on table pgharness.tellers is
+'One row per process that told something of a run of code: a group that is sent again, because nobody heard that it was stored, counts once.';
+comment on column pgharness.tellers.teller is 'Made up by the process.';
+comment on column pgharness.tellers.last_group is 'The number of the last group that was stored.';

@@ -110,7 +110,8 @@ select i.id as instance_id, i.name as instance, cases.case_count, plan.combinati
  cross join lateral (
        select coalesce(bool_or(m.id = mc.grader_id and m.provider <> 'metric' and i.rubrics_per_case > 0), false) as needs_rubrics,
               coalesce(bool_or(m.id = mc.grader_id and (m.provider = 'metric' or i.rubrics_per_case = 0)
-                               and not (m.model = 'regex' and m.parameters || mc.grader_parameters ? 'pattern')), false) as needs_targets,
+                               and not (m.model = 'regex' and m.parameters || mc.grader_parameters ? 'pattern')
+                               and not (m.provider = 'metric' and m.model like 'plugin:%')), false) as needs_targets,
               coalesce(array_agg(distinct m.name) filter (
                   where m.provider in ('openai', 'openai_responses', 'anthropic', 'gemini')
                     and m.input_usd_per_million is null and m.output_usd_per_million is null), '{}') as unpriced_models

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -45,6 +46,7 @@ _RECONNECT_SECONDS = 10.0  # after which a pool that tries in vain begins anew: 
 _LISTENING_SECONDS = 30.0
 _HEARING_SECONDS = 2.0
 # what a lost connection, a restarting server or a deadlock looks like: the same statement may succeed later
+_BEYOND_LIMITS = "54"  # SQLSTATE class
 TRANSIENT = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.SerializationFailure)
 
 
@@ -53,10 +55,11 @@ def translated_errors() -> Iterator[None]:
     """Turn what the server refuses into HarnessError; connection trouble (TRANSIENT) passes through."""
     try:
         yield
-    except TRANSIENT:
-        raise
     except psycopg.Error as exc:
         diag = exc.diag
+        # psycopg counts what is beyond a limit of the server among troubles that pass; but it never will
+        if isinstance(exc, TRANSIENT) and not (exc.sqlstate or "").startswith(_BEYOND_LIMITS):
+            raise
         raise from_sqlstate(
             exc.sqlstate, diag.message_primary or str(exc), hint=diag.message_hint, detail=diag.message_detail
         ) from exc
@@ -292,6 +295,47 @@ async def listen(url: str, channels: Iterable[str]) -> AsyncIterator[tuple[str, 
             async for heard in connection.notifies(timeout=_LISTENING_SECONDS):
                 yield heard.channel, heard.payload
             await connection.execute("select 1")  # a connection that died in silence ends here
+
+
+class Ear:
+    """A session that hears one channel and may hold locks, which are free again when it ends, however it ends."""
+
+    def __init__(self, connection: AsyncConnection[Any]) -> None:
+        self._connection = connection
+        self._proven_at = time.monotonic()
+
+    async def claim(self, name: str) -> bool:
+        """Try to become the one session that holds the lock of a name, without waiting for it."""
+        query = "select pg_try_advisory_lock(hashtextextended(%s, 0))"
+        found = await (await self._connection.execute(query, (name,))).fetchone()
+        return bool(found and found[0])
+
+    async def hear(self, seconds: float) -> list[str]:
+        """Return the payloads that came since it was asked last, waiting so long for one."""
+        heard = [told.payload async for told in self._connection.notifies(timeout=seconds, stop_after=1)]
+        heard += [told.payload async for told in self._connection.notifies(timeout=0)]
+        if time.monotonic() - self._proven_at > _LISTENING_SECONDS:
+            await self._connection.execute("select 1")  # a connection that died in silence ends here
+            self._proven_at = time.monotonic()
+        return heard
+
+
+@asynccontextmanager
+async def ear(url: str, channel: str) -> AsyncIterator[Ear]:
+    """Open an Ear for a channel, with a connection of its own. Raises DatabaseError when it cannot connect."""
+    try:
+        connection = await AsyncConnection.connect(
+            url, autocommit=True, application_name="pgharness hooks", **_CONNECTING
+        )
+    except psycopg.Error as exc:
+        raise _unreachable(url, exc) from exc
+    async with connection:
+        with translated_errors():
+            # the server, too, finds out within half a minute that this host is gone, and gives its locks to another
+            for name, value in (("idle", "10"), ("interval", "5"), ("count", "3")):
+                await connection.execute("select set_config(%s, %s, false)", (f"tcp_keepalives_{name}", value))
+            await connection.execute(SQL("listen {}").format(Identifier(channel)))
+            yield Ear(connection)
 
 
 class Line:

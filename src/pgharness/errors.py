@@ -12,6 +12,7 @@
     ├── SettingsError            an option or environment variable cannot be used
     ├── EmbeddedError            the embedded server cannot be found, started or reached
     ├── ImportRefused            a file to import has wrong rows
+    ├── PluginBroken             an installed plugin cannot be imported, or failed at what it is for
     └── ModelError               a model did not give a usable answer
         ├── RateLimited          429, 529 or a quota: wait, spend no attempt
         ├── Unavailable          an outage (no connection, 502, 503, 504): wait, spend no attempt
@@ -83,6 +84,14 @@ class EmbeddedError(HarnessError):
 
 class ImportRefused(HarnessError):
     """The file has rows that cannot be imported; nothing was imported."""
+
+
+class PluginBroken(HarnessError):
+    """An installed plugin cannot be used; `text` holds its traceback, or what it printed."""
+
+    def __init__(self, message: str | None = None, *, text: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.text = text
 
 
 class ModelError(HarnessError):

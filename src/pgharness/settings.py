@@ -24,6 +24,7 @@ VARIABLES: dict[str, str] = {
     "PGHARNESS_EXPERIMENTS": "folders and modules with code experiments, separated as in PATH; without it those that"
     " the project's .pgharness names, or ./experiments",
     "PGHARNESS_STALE_SECONDS": "seconds without a heartbeat after which a worker counts as lost (default 30)",
+    "PGHARNESS_PLUGIN_SECONDS": "seconds that importing a plugin may take before it counts as broken (default 30)",
     "PGHARNESS_TEST_DATABASE_URL": "server for the test suite",
 }
 
@@ -38,6 +39,7 @@ class Settings:
     stale_seconds: float
     listen_url: str | None  # None: over the database URL, unless a pooler forbids it
     experiments: tuple[str, ...] = ()  # folders and modules; none: those of the project
+    plugin_seconds: float = 30.0
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, *, database_url: str | None = None) -> Settings:
@@ -57,6 +59,7 @@ class Settings:
             stale_seconds=_seconds(environ, "PGHARNESS_STALE_SECONDS", 30.0),
             listen_url=_listen_url(environ),
             experiments=tuple(filter(None, environ.get("PGHARNESS_EXPERIMENTS", "").split(os.pathsep))),
+            plugin_seconds=_seconds(environ, "PGHARNESS_PLUGIN_SECONDS", 30.0),
         )
 
 

@@ -14,7 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["system", "user", "assistant"]
 Provider = Literal[
-    "openai", "openai_responses", "anthropic", "gemini", "openai_compatible", "simulator", "command", "python", "metric"
+    "openai",
+    "openai_responses",
+    "anthropic",
+    "gemini",
+    "openai_compatible",
+    "simulator",
+    "command",
+    "python",
+    "plugin",
+    "metric",
 ]
 ItemKind = Literal["note", "grade", "task"]
 

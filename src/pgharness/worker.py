@@ -27,7 +27,7 @@ from types import FrameType
 
 import uvloop
 
-from pgharness import __version__, database, schema
+from pgharness import __version__, database, hooks, plugins, schema
 from pgharness.database import TRANSIENT, Database
 from pgharness.environment import environment
 from pgharness.errors import HarnessError, LeaseLost, SchemaOutOfDate
@@ -43,6 +43,7 @@ _HEARTBEAT_SECONDS = 1.0
 _RESTART_SECONDS = (0.1, 5.0)
 _SETTLED_SECONDS = 2.0  # a process that died younger is replaced with growing delay
 _HUNG_SECONDS = 10.0  # without a turn of its event loop; never less than it takes to count as lost
+_HOOKS_SECONDS = hooks.CALL_SECONDS + 5.0
 _ABORT = signal.SIGUSR1  # from the supervisor: who stops a service may send SIGTERM to all its processes, several times
 
 
@@ -81,7 +82,11 @@ async def run_process(options: WorkerOptions, *, parent_pid: int, pulse: c_doubl
             environment=environment(),
         )
         worker_id: int = registered[0]["register_worker"]
-        gateway = Gateway(cache_root=options.settings.cache_root, allows_code=options.settings.allows_code)
+        gateway = Gateway(
+            cache_root=options.settings.cache_root,
+            allows_code=options.settings.allows_code,
+            plugin_seconds=options.settings.plugin_seconds,
+        )
         engine = await _open_engine(options, pool, gateway, worker_id)
         queue = Queue(pool, engine, worker_id=worker_id, listen_url=listen_url)
         process = _Process(pool, engine, queue, worker_id, parent_pid, options.settings.stale_seconds)
@@ -250,10 +255,7 @@ def _process_main(options: WorkerOptions, parent_pid: int, pulse: c_double) -> N
         resource.setrlimit(
             resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
         )
-    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
-    if options.log_level > logging.DEBUG:
-        for noisy in ("procrastinate", "httpx", "psycopg.pool"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
+    _log_to_stderr(options)
     sys.setswitchinterval(0.001)  # the recorder has little to do at a time, and what it does is waited for
     # what is here now stays; and the calls in flight are many objects, which need not be looked through so often
     gc.freeze()
@@ -268,28 +270,47 @@ def _process_main(options: WorkerOptions, parent_pid: int, pulse: c_double) -> N
         sys.exit(1)
 
 
+def _hooks_main(options: WorkerOptions, parent_pid: int, pulse: c_double) -> None:
+    _log_to_stderr(options)
+    listen_url, import_seconds = _listen_url(options), options.settings.plugin_seconds
+    asyncio.run(hooks.serve(listen_url, parent_pid=parent_pid, pulse=pulse, import_seconds=import_seconds))
+
+
+def _log_to_stderr(options: WorkerOptions) -> None:
+    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
+    if options.log_level > logging.DEBUG:
+        for noisy in ("procrastinate", "httpx", "psycopg.pool"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
 # -- the supervisor
 
 
 class _Place:
     """One of the supervisor's processes, and when to start the next one after it died."""
 
-    __slots__ = ("delay", "options", "process", "pulse", "restart_at", "started_at")
+    __slots__ = ("delay", "is_for_hooks", "options", "process", "pulse", "restart_at", "started_at")
 
     process: BaseProcess
     pulse: c_double  # time of its last sign of life; 0 before the first and while it ends
     started_at: float
 
-    def __init__(self, options: WorkerOptions) -> None:
+    def __init__(self, options: WorkerOptions, *, is_for_hooks: bool = False) -> None:
         self.options = options
+        self.is_for_hooks = is_for_hooks
         self.delay = _RESTART_SECONDS[0]
         self.restart_at: float | None = None
+
+    @property
+    def what(self) -> str:
+        return "the hooks' process" if self.is_for_hooks else "worker process"
 
 
 class Supervisor:
     """Keeps N worker processes alive until it is told to stop, or until `is_done` says so.
 
-    Code has a process beside them, which starts one for each run.
+    Code has a process beside them, which starts one for each run; hooks, where any are installed, have one that ends
+    after all others, to hear what became of their runs.
     """
 
     def __init__(self, options: WorkerOptions, workers: int, *, is_done: Callable[[], bool] | None = None) -> None:
@@ -301,6 +322,8 @@ class Supervisor:
         self._places = [_Place(replace(options, queues=calls)) for _ in range(workers if calls else 0)]
         if CODE_QUEUE in options.queues:
             self._places.append(_Place(replace(options, queues=(CODE_QUEUE,))))
+        if plugins.names("hooks"):
+            self._places.append(_Place(options, is_for_hooks=True))
         for place in self._places:
             self._start(place)
 
@@ -311,7 +334,7 @@ class Supervisor:
         checked_at = time.monotonic()
         while True:
             alive = [place for place in self._places if place.process.is_alive()]
-            if self._signals and not alive:
+            if self._signals and all(place.is_for_hooks for place in alive):
                 return self._join(0)
             multiprocessing.connection.wait([place.process.sentinel for place in alive], timeout=0.25)
             for place in self._places:
@@ -329,15 +352,16 @@ class Supervisor:
         if place.process.is_alive():
             silence = now - place.pulse.value if place.pulse.value else 0.0
             if silence > max(_HUNG_SECONDS, self._options.settings.stale_seconds):
-                logger.error("worker process %s hangs since %.0f seconds; killing it", place.process.pid, silence)
+                logger.error("%s %s hangs since %.0f seconds; killing it", place.what, place.process.pid, silence)
                 place.process.kill()
         elif self._signals:
             pass
         elif place.restart_at is None:
             logger.error(
-                "worker process %s ended with status %s; starting another", place.process.pid, place.process.exitcode
+                "%s %s ended with status %s; starting another", place.what, place.process.pid, place.process.exitcode
             )
-            self._report_lost(place.process)
+            if not place.is_for_hooks:
+                self._report_lost(place.process)
             is_settled = now - place.started_at > _SETTLED_SECONDS
             place.delay = _RESTART_SECONDS[0] if is_settled else min(place.delay * 2, _RESTART_SECONDS[1])
             place.restart_at = now + place.delay
@@ -346,18 +370,19 @@ class Supervisor:
 
     def _start(self, place: _Place) -> None:
         place.pulse = self._context.RawValue(c_double, 0.0)
-        process = self._context.Process(
-            target=_process_main, args=(place.options, os.getpid(), place.pulse), daemon=False
-        )
+        main = _hooks_main if place.is_for_hooks else _process_main
+        process = self._context.Process(target=main, args=(place.options, os.getpid(), place.pulse), daemon=False)
         process.start()
         place.process, place.started_at, place.restart_at = process, time.monotonic(), None
         if self._signals:
             process.terminate()  # the signal came while it was being started
 
     def stop(self) -> None:
-        """Ask every process to drain; asked again, to drop its calls."""
+        """Ask every process to drain; asked again, to drop its calls. Hooks are asked when all others have ended."""
         self._signals += 1
         for place in self._places:
+            if place.is_for_hooks and self._signals == 1:
+                continue
             if place.process.is_alive() and place.process.pid is not None:
                 os.kill(place.process.pid, signal.SIGTERM if self._signals == 1 else _ABORT)
 
@@ -365,7 +390,12 @@ class Supervisor:
         self.stop()
 
     def _join(self, status: int) -> int:
-        for place in self._places:
+        for place in sorted(self._places, key=lambda place: place.is_for_hooks):
+            if place.is_for_hooks:
+                if place.process.is_alive() and place.process.pid is not None:
+                    os.kill(place.process.pid, hooks.STOP)
+                place.process.join(_HOOKS_SECONDS)
+                place.process.kill()
             place.process.join()
         return status
 

@@ -18,7 +18,7 @@ from world import Row, add_instance, failure, record, refused, register, rows, r
 Database = Connection[Any]
 DETACHED = ("notes", "grades", "calls", "results", "logs")
 # tables about runs that hold nothing once a run is finished, or are about archives themselves
-OF_CODE = {"run_versions", "tasks", "metrics", "timings", "logged_calls", "artifacts", "progress_reports"}
+OF_CODE = {"run_versions", "tasks", "metrics", "timings", "logged_calls", "artifacts", "progress_reports", "tellers"}
 NOT_ARCHIVED = {"archives", "run_leases"}
 
 

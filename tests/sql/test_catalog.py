@@ -51,7 +51,7 @@ SECURITY_DEFINERS = {
     "workers record what they did, and may write no table of ours": (
         "load_run load_slice load_inputs record_outcomes charge_crash _missing _missing_grades _record_notes _record_grades"
         " _record_failures _record_calls _advance_run load_code load_tasks add_tasks map_state map_results record_tasks lose_tasks"
-        " fail_run expire_runs record_told _record_rows keep_artifact start_version load_model"
+        " fail_run expire_runs record_told _record_rows _is_new keep_artifact start_version load_model"
     ),
     "workers tell how they are, and share limits": (
         "register_worker attach_queue_worker heartbeat lose_worker sweep lease_model lease_run take_requests block_model serve_experiments"

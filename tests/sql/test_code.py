@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from decimal import Decimal
@@ -16,6 +17,8 @@ SCHEMA = {
     "properties": {"rounds": {"type": "integer", "minimum": 1, "default": 3}},
     "additionalProperties": False,
 }
+
+_GROUPS = itertools.count(1)
 
 
 def one(db: Connection[Any], query: str, *values: object) -> Any:
@@ -68,8 +71,9 @@ def tell(
 ) -> str:
     at = "2026-01-01T00:00:00Z"
     told = [{"task": 0, "attempt": 1, "created_at": at} | row for row in rows]
-    query = "select status from pgharness.record_told(%s, %s, %s::jsonb, %s::jsonb)"
-    return one(db, query, worker_id, run_id, json.dumps([[*line, {}, at] for line in lines]), json.dumps(told))
+    query = "select status from pgharness.record_told(%s, %s, 'me', %s, %s::jsonb, %s::jsonb)"
+    number = next(_GROUPS)
+    return one(db, query, worker_id, run_id, number, json.dumps([[*line, {}, at] for line in lines]), json.dumps(told))
 
 
 def status(db: Connection[Any], run_id: int) -> Any:
@@ -200,7 +204,7 @@ def test_all_kinds_of_what_is_told_are_read_in_views(db: Connection[Any]) -> Non
         "hi",
         "ho",
     )
-    db.execute("select pgharness.keep_artifact(%s, 0, 1, 'a.txt', 'text/plain', 'abc')", (run_id,))
+    db.execute("select pgharness.keep_artifact(%s, 'other', 1, 0, 1, 'a.txt', 'text/plain', 'abc')", (run_id,))
     assert one(db, "select name, size_bytes from pgharness.run_artifacts where run_id = %s", run_id) == ("a.txt", 3)
 
 
@@ -223,22 +227,67 @@ def test_a_failed_item_is_tried_again_while_it_has_attempts_left(db: Connection[
     for attempt in (1, 2):
         assert load(db, worker_id, run_id, [1]) == [(1, attempt)]
         record(db, worker_id, run_id, {"ordinal": 1, "attempt": attempt, "status": "failed", "error": "no"})
+        assert load(db, worker_id, run_id, [1]) == []  # not before its next try is due
+        db.execute("select set_config('pgharness.fake_now', (now() + interval '1 hour')::text, false)")
     assert load(db, worker_id, run_id, [1]) == []
     assert one(db, "select status, failures from pgharness.task_results where run_id = %s and ordinal = 1", run_id) == (
         "failed",
         2,
     )
     db.execute("select pgharness.retry_failed(%s)", (run_id,))
-    assert load(db, worker_id, run_id, [1], epoch=1) == [(1, 3)]
+    assert load(db, worker_id, run_id, [1]) == [(1, 3)]
+
+
+def test_a_completed_run_with_failed_items_ends_again_when_they_are_retried(db: Connection[Any]) -> None:
+    register(db)
+    run_id, worker_id = start(db), worker(db)
+    load(db, worker_id, run_id)
+    db.execute("""select pgharness.add_tasks(%s, 0, 1, 'score', 'm:score', '[["a", 1], ["b", 2]]')""", (run_id,))
+    load(db, worker_id, run_id, [1, 2])
+    ends = [
+        {"ordinal": 1, "attempt": 1, "status": "failed", "error": "no"},
+        {"ordinal": 2, "attempt": 1, "status": "succeeded"},
+    ]
+    record(db, worker_id, run_id, *ends)
+    assert record(db, worker_id, run_id, {"ordinal": 0, "attempt": 1, "status": "succeeded"}) == "completed"
+    db.execute("select pgharness.retry_failed(%s)", (run_id,))
+    assert one(db, "select task_count, tasks_succeeded, tasks_failed from pgharness.runs where id = %s", run_id) == (
+        3,
+        1,
+        0,
+    )
+    assert sorted(job["ordinals"] for job in jobs(db, run_id)) == [[0], [1]]
+    assert load(db, worker_id, run_id, [0, 1], epoch=1) == [(0, 2), (1, 2)]
+    record(db, worker_id, run_id, {"ordinal": 1, "attempt": 2, "status": "succeeded"})
+    assert record(db, worker_id, run_id, {"ordinal": 0, "attempt": 2, "status": "succeeded"}) == "completed"
+    assert one(db, "select tasks_succeeded, tasks_failed from pgharness.runs where id = %s", run_id) == (3, 0)
+
+
+def test_a_group_that_is_sent_again_counts_once(db: Connection[Any]) -> None:
+    register(db)
+    run_id, worker_id = start(db), worker(db)
+    load(db, worker_id, run_id)
+    told = json.dumps(
+        [{"kind": "result", "key": "k", "value": 1, "task": 0, "attempt": 1, "created_at": "2026-01-01T00:00:00Z"}]
+    )
+    query = "select status from pgharness.record_told(%s, %s, 'me', %s, '[]', %s::jsonb)"
+    for number in (1, 1, 2, 1):
+        assert one(db, query, worker_id, run_id, number, told) == "running"
+    assert one(db, "select count(*) from pgharness.results where run_id = %s", run_id) == 2
 
 
 def test_a_crash_fails_the_run_when_its_function_reaches_the_limit(db: Connection[Any]) -> None:
     register(db)
     run_id, worker_id = start(db), worker(db)
     load(db, worker_id, run_id)
-    assert one(db, "select pgharness.lose_tasks(%s, '{0}', 'killed', 2)", run_id) == []
+    assert one(db, "select pgharness.lose_tasks(%s, '{0}', '{1}', 'killed', 2)", run_id) == []
+    assert one(db, "select pgharness.lose_tasks(%s, '{0}', '{1}', 'killed', 2)", run_id) == []  # said twice
     assert status(db, run_id) == ("running", None)
-    assert one(db, "select pgharness.lose_tasks(%s, '{0}', 'killed', 2)", run_id) == [0]
+    assert load(db, worker_id, run_id) == [(0, 2)]
+    assert (
+        one(db, "select pgharness.lose_tasks(%s, '{0}', '{1}', 'killed', 1)", run_id) == []
+    )  # of a try that was superseded
+    assert one(db, "select pgharness.lose_tasks(%s, '{0}', '{2}', 'killed', 2)", run_id) == [0]
     assert status(db, run_id) == ("failed", "killed")
     with pytest.raises(DatabaseError, match="already failed: killed"), db.transaction():
         db.execute("select pgharness.resume_run(%s)", (run_id,))
@@ -339,7 +388,8 @@ def test_trials_are_purged_and_milestones_kept(db: Connection[Any]) -> None:
     for run_id in runs:
         load(db, worker_id, run_id)
         db.execute(
-            "select pgharness.keep_artifact(%s, 0, 1, 'a', 'text/plain', %s)", (run_id, f"{run_id % 2}".encode())
+            "select pgharness.keep_artifact(%s, 'other', 1, 0, 1, 'a', 'text/plain', %s)",
+            (run_id, f"{run_id % 2}".encode()),
         )
         record(db, worker_id, run_id, {"ordinal": 0, "attempt": 1, "status": "succeeded"})
     assert one(db, "select pgharness.purge_trials('dice-3')") == 2

@@ -619,6 +619,23 @@ def test_a_key_pasted_for_its_name_is_refused_and_never_repeated(tx: Database, p
         assert "OPENAI_API_KEY" in words(caught.value)
 
 
+def test_plugins_are_models_and_metrics_whose_options_only_workers_know(tx: Database) -> None:
+    tx.execute(
+        "insert into pgharness.instances (name) values ('i');"
+        " insert into pgharness.models (name, provider, model) values ('m', 'plugin', 'house'), ('p', 'metric', 'plugin:overlap')"
+    )
+    tx.execute(
+        "insert into pgharness.model_combinations (instance, generator, grader, grader_parameters)"
+        """ values ('i', 'm', 'p', '{"anything": 1}')"""
+    )
+    with refused(tx, "PH002", 'generator "p" is a metric'):
+        tx.execute("insert into pgharness.model_combinations (instance, generator) values ('i', 'p')")
+    with refused(tx, "PH002", 'metric "plugin:" does not exist', "plugin:NAME"):
+        tx.execute("update pgharness.models set model = 'plugin:' where name = 'p'")
+    with refused(tx, "23514", "models_model_check"):
+        tx.execute("insert into pgharness.models (name, provider) values ('n', 'plugin')")
+
+
 def test_a_metric_grades_and_never_writes(tx: Database) -> None:
     tx.execute(
         "insert into pgharness.instances (name) values ('i'); insert into pgharness.models (name, provider) values ('m', 'simulator')"

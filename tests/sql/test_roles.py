@@ -45,6 +45,7 @@ WRITTEN = [
     "artifacts",
     "artifact_contents",
     "progress_reports",
+    "tellers",
     "schema_migrations",
 ]
 DEFINED = [

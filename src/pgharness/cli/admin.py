@@ -7,6 +7,7 @@ import platform
 import shutil
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from psycopg import Connection
 from rich.table import Table
 from rich.text import Text
 
-from pgharness import __version__, database, schema
+from pgharness import __version__, database, plugins, schema
 from pgharness.cli.session import Session, print_json, session_of, shown, stdout
 from pgharness.embedded import find_bindir
 from pgharness.errors import DatabaseError, EmbeddedError, HarnessError, SchemaOutOfDate, SettingsError
@@ -235,7 +236,7 @@ class Check(NamedTuple):
 def doctor(
     context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 ) -> None:
-    """Check server, role, clocks, model keys, connections and workers, and say what to do; exit status 1 on an error.
+    """Check server, role, clocks, model keys, plugins, connections, workers; exit status 1 on an error.
 
     Example: pgharness doctor
     """
@@ -259,6 +260,7 @@ def _checks(session: Session) -> list[Check]:
         _ = session.settings
     except SettingsError as exc:
         return [*checks, Check("settings", "error", str(exc), exc.hint or "")]
+    checks += _plugins(session.settings.plugin_seconds)
     try:
         with session.connection(checked=False) as connection:
             checks.append(_server(session, connection))
@@ -338,9 +340,35 @@ def _listener(session: Session, connection: Connection[Any]) -> Check:
     return Check("listener", "warning", f"notifications do not arrive: {polling}", remedy)
 
 
+def _plugins(seconds: float) -> list[Check]:
+    """Check whether the plugins that are installed here can be imported, each in a process of its own."""
+
+    def checked(kind: plugins.Kind, name: str) -> Check:
+        try:
+            plugin = plugins.check(kind, name, seconds=seconds)
+        except (HarnessError, OSError) as exc:
+            hint = exc.hint if isinstance(exc, HarnessError) else None
+            return Check(f"plugin {kind}/{name}", "warning", str(exc), hint or "")
+        return Check(f"plugin {kind}/{name}", "ok", f"in {plugin.distribution}")
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(
+            pool.map(lambda each: checked(*each), [(k, name) for k in plugins.KINDS for name in plugins.names(k)])
+        )
+
+
+def _plugin(subject: str, kind: plugins.Kind, name: str) -> list[Check]:
+    """Check whether a model's plugin is installed here."""
+    if name in plugins.names(kind):
+        return []
+    remedy = "install the distribution that has it where workers run"
+    return [Check(subject, "warning", f'its plugin "{name}" of pgharness.{kind} is not installed here', remedy)]
+
+
 def _models(session: Session, connection: Connection[Any]) -> list[Check]:
     """Check what workers started here would lack for the models of any instance."""
     # here, for they take half a second to import
+    from pgharness.gateway.plugged import METRIC_PREFIX
     from pgharness.gateway.providers import wire_format
     from pgharness.types import ModelSpec
 
@@ -349,7 +377,14 @@ def _models(session: Session, connection: Connection[Any]) -> list[Check]:
     for row in database.rows(connection, "models", order="name"):
         spec = ModelSpec.model_validate(row)
         subject = f"model {spec.name}"
-        if spec.name not in used or spec.provider in ("simulator", "metric"):
+        if spec.name not in used or spec.provider == "simulator":
+            continue
+        if spec.provider == "metric":
+            if spec.model.startswith(METRIC_PREFIX):
+                checks += _plugin(subject, "metrics", spec.model.removeprefix(METRIC_PREFIX))
+            continue
+        if spec.provider == "plugin":
+            checks += _plugin(subject, "models", spec.model)
             continue
         if spec.provider in ("command", "python"):
             if not session.settings.allows_code:

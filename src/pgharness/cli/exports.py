@@ -22,7 +22,7 @@ from typing import Any
 
 from psycopg import Connection
 
-from pgharness import __version__, database
+from pgharness import __version__, database, plugins
 from pgharness.cli.session import plain
 from pgharness.database import Row
 from pgharness.errors import Conflict, HarnessError
@@ -124,6 +124,37 @@ def export_run(url: str, record: Row, *, out: Path | None, archive: Path | None)
     except OSError as exc:
         where = exc.filename or out or archive
         raise HarnessError(f"{where} cannot be written: {exc.strerror}", hint="Choose another place.") from exc
+    return manifest
+
+
+def export_as(
+    url: str, record: Row, *, exporter: str, out: Path, seconds: float = plugins.IMPORT_SECONDS
+) -> dict[str, Any]:
+    """Let an exporter's plugin write a run in its own form; return the manifest of the files that it was given.
+
+    Raises Conflict where something is there, PluginBroken when the plugin fails; then nothing is there.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise Conflict(f"{out} exists already", hint="Choose another name.")
+    export = plugins.load("exporters", exporter, seconds=seconds)
+    plugin = plugins.find("exporters", exporter)
+    try:
+        with _partial(out) as staging:
+            given, made = staging / "run", staging / "made" / out.name
+            given.mkdir()
+            made.parent.mkdir()
+            manifest = _write(url, record, given)
+            try:
+                export(given, made)
+            except (Exception, SystemExit) as exc:
+                raise plugin.failed(exc) from exc
+            if not made.exists():
+                raise plugin.broken("it wrote nothing")
+            with suppress(OSError):
+                out.rmdir()  # an empty folder gives way
+            made.rename(out)
+    except OSError as exc:
+        raise HarnessError(f"{exc.filename or out} cannot be written: {exc.strerror}", hint="Choose another.") from exc
     return manifest
 
 

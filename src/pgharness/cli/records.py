@@ -507,20 +507,32 @@ def export(
     archive: Annotated[
         Path | None, typer.Option(metavar="FILE", dir_okay=False, help="ZIP file to write it into.")
     ] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", metavar="NAME", help="Let this exporter, a plugin, write --out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write all that a run recorded into files: JSON lines, its artifacts, its code, and a manifest with checksums.
 
     Example: pgharness runs export dice/1 --out dice-1 --archive dice-1.zip
     """
-    if out is None and archive is None:
+    if out is None and (archive is None or form is not None):
         raise typer.BadParameter("say where to write it.", param_hint="--out")
+    if form is not None and archive is not None:
+        raise typer.BadParameter("an exporter writes no archive.", param_hint="--archive")
     session = session_of(context)
     with session.connection() as connection:
         record = record_of(connection, run)
-    manifest = exports.export_run(session.url, record, out=out, archive=archive)
+    if form is not None and out is not None:
+        seconds = session.settings.plugin_seconds
+        manifest = exports.export_as(session.url, record, exporter=form, out=out, seconds=seconds)
+    else:
+        manifest = exports.export_run(session.url, record, out=out, archive=archive)
     if as_json:
         print_json(manifest)
+        return
+    if form is not None:
+        stdout.print(Text(f"{record['run']} is written to {out} as {form}"), soft_wrap=True)
         return
     for place in filter(None, (out, archive)):
         size = sum(file["size_bytes"] for file in manifest["files"])

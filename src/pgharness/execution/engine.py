@@ -398,7 +398,7 @@ class Engine:
         if self.is_draining or not run.wants(item.slice.work):
             self._end(item, is_over=False)
             return
-        if item.spec.provider == "metric":
+        if item.is_scored_here:
             try:
                 outcome = item.scored()
             except Exception as exc:

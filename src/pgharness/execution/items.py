@@ -12,6 +12,7 @@ from typing import Any
 
 from pgharness.database import Row
 from pgharness.errors import CodeFailed, InvalidOutput, ModelError
+from pgharness.gateway.plugged import METRIC_PREFIX
 from pgharness.grading import read_verdicts, score_metric
 from pgharness.types import Completion, ItemKind, ModelSpec, Request
 
@@ -48,6 +49,11 @@ class Item:
     twins: list[Item] = field(default_factory=list)  # the same item, as other slices brought it
 
     @property
+    def is_scored_here(self) -> bool:
+        """Tell whether a metric scores it that answers at once; one of a plugin's may be slow, hang or die."""
+        return self.spec.provider == "metric" and not self.spec.model.startswith(METRIC_PREFIX)
+
+    @property
     def key(self) -> tuple[int, ItemKind, int]:
         return self.run_id, self.kind, self.ordinal
 
@@ -74,6 +80,8 @@ class Item:
 
     def read(self, completion: Completion) -> Row:
         """Return what an answer gives the item. Raises InvalidOutput for one that cannot be used."""
+        if self.spec.provider == "metric":
+            return dict(completion.data)
         if self.kind == "note":
             if completion.data is None and not completion.text.strip():
                 raise InvalidOutput("the answer is empty", text=completion.text)

@@ -14,7 +14,7 @@ from pgharness.grading import criteria_values, verdict_schema
 from pgharness.prompts import Outline, Prompt, case_facts, text_of
 from pgharness.types import ItemKind, Message, Request
 
-_CODE = ("command", "python")
+_CODE = ("command", "python", "plugin")
 _ITEM_READERS = (*_CODE, "simulator")  # those that see the case itself, not messages alone
 _CACHED_INPUTS = 1_000
 
@@ -44,6 +44,9 @@ class Requests:
 
     def of(self, item: Item) -> Request:
         """Return what to ask for an item. Raises ModelError for a prompt that cannot be used."""
+        if item.spec.provider == "metric":
+            given = {"output": item.note, "target": item.case.get("target")}
+            return Request(messages=(), seed=self._seed(item), attempt=item.tries + 1, item=given)
         prompt = self._prompt(item.kind)
         inputs = self._inputs_of(item, prompt)
         messages = self._messages(item, prompt, inputs)

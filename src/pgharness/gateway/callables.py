@@ -41,7 +41,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from pgharness.errors import CodeFailed, InvalidOutput, ModelError, RequestRejected, TimedOut, Unavailable
 from pgharness.types import Completion, ModelSpec, Request
@@ -92,19 +92,24 @@ def storable(value: Any, secrets: Iterable[str] = ()) -> Any:
     return value
 
 
-class PythonCallable:
-    """Answer with a Python function; see the module for how it is called."""
+class Function:
+    """Answer with a function, wherever it comes from; see the module for how it is called."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    _given: ClassVar[str] = "an item"
+
+    def __init__(self, spec: ModelSpec, what: str) -> None:
         self._spec = spec
-        self._module, colon, self._name = spec.model.partition(":")
-        if not (colon and all(part.isidentifier() for part in f"{self._module}.{self._name}".split("."))):
-            raise RequestRejected(
-                f"model '{spec.name}' names the Python function '{spec.model}'",
-                hint="Name it as package.module:function.",
-            )
+        self._what = what
         self._function: Callable[..., Any] | None = None
         self._places = asyncio.Semaphore(spec.max_concurrency or 32)
+
+    def _found(self) -> Callable[..., Any]:
+        """Return the function; runs in a thread, as some imports take long."""
+        raise NotImplementedError
+
+    def _arguments(self, request: Request) -> tuple[Any, ...]:
+        """Return what the function gets to see of a request: its own, to keep or change."""
+        return (_item(request),)
 
     async def __call__(self, request: Request) -> Completion:
         """Return what the function answers to this request."""
@@ -112,14 +117,14 @@ class PythonCallable:
         try:
             async with asyncio.timeout(self._spec.timeout_seconds) as limit:
                 if self._function is None:
-                    self._function = await self._in_thread(self._imported)
+                    self._function = await self._in_thread(self._found)
                 function = self._function
-                item = _item(request)
-                self._check_call(function, item, parameters)
+                arguments = self._arguments(request)
+                self._check_call(function, arguments, parameters)
                 if inspect.iscoroutinefunction(function):
-                    answer = await function(item, **parameters)
+                    answer = await function(*arguments, **parameters)
                 else:
-                    answer = await self._in_thread(lambda: function(item, **parameters))
+                    answer = await self._in_thread(lambda: function(*arguments, **parameters))
                     if inspect.isawaitable(answer):
                         answer = await answer
         except ModelError:
@@ -134,39 +139,22 @@ class PythonCallable:
                 raise self._failed(exc) from exc
             busy = "; every thread is busy with an earlier call" if self._places.locked() else ""
             seconds = f"{self._spec.timeout_seconds:g} s"
-            raise TimedOut(f"{self._spec.model} gave no answer within {seconds}{busy}") from None
+            raise TimedOut(f"{self._what} gave no answer within {seconds}{busy}") from None
         return self._completion(answer, wants_json=request.schema is not None)
 
-    def _imported(self) -> Callable[..., Any]:
-        """Import the function; runs in a thread, as some imports take long."""
-        try:
-            found: Any = importlib.import_module(self._module)
-            for name in self._name.split("."):
-                found = getattr(found, name)
-        except (Exception, SystemExit) as exc:
-            raise RequestRejected(
-                f"model '{self._spec.name}' cannot import {self._spec.model}: {self._reason(exc)}",
-                text=self._traceback(exc),
-                hint=f"Install {self._module.partition('.')[0]} where workers run, or set PYTHONPATH to where it lies.",
-            ) from exc
-        if not callable(found):
-            raise RequestRejected(
-                f"model '{self._spec.name}' names {self._spec.model}, which is a {type(found).__name__}",
-                hint="Name a function.",
-            )
-        return found  # type: ignore[no-any-return]
-
-    def _check_call(self, function: Callable[..., Any], item: dict[str, Any], parameters: Mapping[str, Any]) -> None:
+    def _check_call(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], parameters: Mapping[str, Any]
+    ) -> None:
         """Raise RequestRejected where the function does not take these parameters: no retry would help."""
         try:
             signature = inspect.signature(function)
         except (TypeError, ValueError):  # some builtins have none
             return
         try:
-            signature.bind(item, **parameters)
+            signature.bind(*arguments, **parameters)
         except TypeError as exc:
             raise RequestRejected(
-                f"{self._spec.model}{signature} cannot be called with an item and "
+                f"{self._what}{signature} cannot be called with {self._given} and "
                 f"the parameters {', '.join(parameters) or '(none)'}: {exc}",
                 hint=f"Change the parameters of model '{self._spec.name}', or let the function accept **parameters.",
             ) from None
@@ -193,7 +181,7 @@ class PythonCallable:
 
         context = contextvars.copy_context()
         try:
-            threading.Thread(target=context.run, args=(run,), name=self._spec.model, daemon=True).start()
+            threading.Thread(target=context.run, args=(run,), name=self._what, daemon=True).start()
         except RuntimeError as exc:
             self._places.release()
             raise Unavailable(f"this host cannot start another thread: {exc}") from exc
@@ -209,7 +197,7 @@ class PythonCallable:
         return replace(answer, text=storable(answer.text) or checked.text, data=checked.data)
 
     def _failed(self, exc: BaseException) -> CodeFailed:
-        return CodeFailed(f"{self._spec.model} raised {self._reason(exc)}", text=self._traceback(exc))
+        return CodeFailed(f"{self._what} raised {self._reason(exc)}", text=self._traceback(exc))
 
     def _reason(self, exc: BaseException) -> str:
         return self._kept(traceback.format_exception_only(exc)[-1].strip())[:500]
@@ -221,6 +209,37 @@ class PythonCallable:
         key = os.environ.get(self._spec.api_key_env) if self._spec.api_key_env else None
         kept: str = storable(text, [key] if key else [])
         return kept
+
+
+class PythonCallable(Function):
+    """Answer with the Python function that a model names."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec, spec.model)
+        self._module, colon, self._name = spec.model.partition(":")
+        if not (colon and all(part.isidentifier() for part in f"{self._module}.{self._name}".split("."))):
+            raise RequestRejected(
+                f"model '{spec.name}' names the Python function '{spec.model}'",
+                hint="Name it as package.module:function.",
+            )
+
+    def _found(self) -> Callable[..., Any]:
+        try:
+            found: Any = importlib.import_module(self._module)
+            for name in self._name.split("."):
+                found = getattr(found, name)
+        except (Exception, SystemExit) as exc:
+            raise RequestRejected(
+                f"model '{self._spec.name}' cannot import {self._spec.model}: {self._reason(exc)}",
+                text=self._traceback(exc),
+                hint=f"Install {self._module.partition('.')[0]} where workers run, or set PYTHONPATH to where it lies.",
+            ) from exc
+        if not callable(found):
+            raise RequestRejected(
+                f"model '{self._spec.name}' names {self._spec.model}, which is a {type(found).__name__}",
+                hint="Name a function.",
+            )
+        return found  # type: ignore[no-any-return]
 
 
 def _item(request: Request) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pgharness.types import ModelSpec
 logger = logging.getLogger(__name__)
 _REFRESH_SECONDS = 1.0
 _IMPATIENT_SECONDS = 0.1
-_UNGOVERNED = ("simulator", "command", "python")  # local: governed only when they have limits of their own
+_UNGOVERNED = ("simulator", "command", "python", "metric")  # local: governed only when they have limits of their own
 
 
 class Limits:

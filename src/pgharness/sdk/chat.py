@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pgharness import __version__
-from pgharness.database import TRANSIENT, Database
+from pgharness.database import TRANSIENT, Database, Row
 from pgharness.errors import HarnessError, ModelError
 from pgharness.execution.items import CallRecord, estimated_tokens, model_error, used_tokens
 from pgharness.gateway import Gateway
-from pgharness.gateway.limits import Limits
+from pgharness.gateway.limits import Gate, Limits
 from pgharness.sdk.scope import Scope
 from pgharness.types import Completer, Completion, Message, ModelSpec, Request
 
@@ -31,11 +31,13 @@ _BEAT_SECONDS = 1.0
 class Chat:
     """The models of one process, by name."""
 
-    def __init__(self, database: Database, gateway: Gateway) -> None:
+    def __init__(self, database: Database, gateway: Gateway, run: Row) -> None:
+        self._run = run
         self._database = database
         self._gateway = gateway
         self._models: dict[str, tuple[ModelSpec, Completer]] = {}
-        self._asked: Counter[object] = Counter()
+        self._asked: Counter[int] = Counter()  # how often each question was asked, by its hash
+        self._opening: asyncio.Task[Limits] | None = None
         self._limits: Limits | None = None
         self._lease_holder: int | None = None
         self._beating: asyncio.Task[None] | None = None
@@ -73,7 +75,7 @@ class Chat:
 
     def _seed(self, scope: Scope, model: str, messages: Sequence[Message]) -> int:
         """Return a seed of the task's own; of a question that it asks again, the next."""
-        asked = (scope.ordinal, scope.attempt, model, tuple(messages))
+        asked = hash((scope.ordinal, scope.attempt, model, tuple(messages)))
         self._asked[asked] += 1
         return (scope.seed + self._asked[asked] - 1) & 0x7FFFFFFF
 
@@ -86,57 +88,69 @@ class Chat:
 
     async def _ask(self, scope: Scope, spec: ModelSpec, completer: Completer, request: Request) -> Completion:
         limits = await self._own_limits()
-        gate = limits.of_model(spec)
-        charged = 0.0
-        if gate is not None:
-            gate.waiting += 1
-            gate.tokens = estimated_tokens(request, spec)
+        # the run's cap as it was when this process began; it follows a cap that changes, not one that is new
+        gates = [limits.of_run(self._run["run_id"])] if self._run["max_concurrency"] is not None else []
+        if (of_model := limits.of_model(spec)) is not None:
+            gates.append(of_model)
+        tokens = estimated_tokens(request, spec)
+        async with contextlib.AsyncExitStack() as stack:
+            charged = 0.0
+            for gate in gates:
+                charged = await self._enter(gate, tokens)
+                stack.callback(gate.leave)
+            used = 0
+            record = CallRecord(spec)
             try:
-                while not gate.admits():
-                    self._may_call.clear()
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(1.0):
-                            await self._may_call.wait()
+                completion = await completer(request)
+                used = completion.usage.input_tokens + completion.usage.output_tokens
+            except asyncio.CancelledError:
+                scope.emit("call", {"call": record.cancelled()})
+                raise
+            except Exception as exc:
+                error = model_error(exc)
+                used = sum(used_tokens(error)[:2])
+                scope.emit("call", {"call": record.failed(error, None)})
+                if error.retry_after is not None and not error.spends_attempt:
+                    limits.block(spec, error.retry_after)
+                raise error from exc
             finally:
-                gate.waiting -= 1
-            charged = gate.enter()
-        record = CallRecord(spec)
+                if of_model is not None:
+                    of_model.settle(charged, used)
+            scope.emit("call", {"call": record.succeeded(completion)})
+            return completion
+
+    async def _enter(self, gate: Gate, tokens: int) -> float:
+        """Wait until a gate admits a call; return the tokens that it is charged."""
+        gate.waiting += 1
+        gate.tokens = tokens
         try:
-            completion = await completer(request)
-        except asyncio.CancelledError:
-            scope.emit("call", {"call": record.cancelled()})
-            raise
-        except Exception as exc:
-            error = model_error(exc)
-            scope.emit("call", {"call": record.failed(error, None)})
-            if error.retry_after is not None and not error.spends_attempt:
-                limits.block(spec, error.retry_after)
-            if gate is not None:
-                gate.settle(charged, sum(used_tokens(error)[:2]))
-            raise error from exc
+            while not gate.admits():
+                self._may_call.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1.0):
+                        await self._may_call.wait()
         finally:
-            if gate is not None:
-                gate.leave()
-        scope.emit("call", {"call": record.succeeded(completion)})
-        if gate is not None:
-            gate.settle(charged, completion.usage.input_tokens + completion.usage.output_tokens)
-        return completion
+            gate.waiting -= 1
+        return gate.enter()
 
     async def _own_limits(self) -> Limits:
         """Return the gates of this process, which holds leases as a worker of its own."""
-        if self._limits is None:
-            registered = await self._database.persist(
-                "register_worker",
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                version=__version__,
-                queues=[],
-                concurrency=0,
-            )
-            if self._limits is None:
-                self._lease_holder = registered[0]["register_worker"]
-                self._limits = Limits(self._database, self._lease_holder, self._may_call.set)
-                self._beating = asyncio.create_task(self._keep_beating())
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open_limits())
+        return await asyncio.shield(self._opening)
+
+    async def _open_limits(self) -> Limits:
+        registered = await self._database.persist(
+            "register_worker",
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=__version__,
+            queues=[],
+            concurrency=0,
+        )
+        self._lease_holder = registered[0]["register_worker"]
+        self._limits = Limits(self._database, self._lease_holder, self._may_call.set)
+        self._beating = asyncio.create_task(self._keep_beating())
         return self._limits
 
     async def _keep_beating(self) -> None:

@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,8 @@ from pgharness.gateway import Gateway
 from pgharness.sdk.capture import Capture
 from pgharness.sdk.definition import Experiment
 from pgharness.sdk.journal import Journal
-from pgharness.sdk.scope import Scope
+from pgharness.sdk.loading import module_name
+from pgharness.sdk.scope import Scope, threads_inherit
 from pgharness.sdk.session import Session
 from pgharness.settings import Settings
 
@@ -41,6 +41,7 @@ _MOST_SLICES = 4
 _POLL_SECONDS = 0.05
 _BEAT_SECONDS = 1.0
 _FLUSH_SECONDS = 30.0
+_CLEANUP_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ def run_here(experiment: Experiment, *, argv: Sequence[str] | None = None) -> An
     Raises WrongState when the run fails; a program ends with status 5 instead.
     """
     options = _options(experiment, argv)
+    if argv is not None and experiment.file is not None:
+        experiment.module = module_name(experiment.file, experiment.root)  # as workers know it, who may go on with it
     config: dict[str, Any] = {}
     for key, _, text in (setting.partition("=") for setting in options.set):
         with contextlib.suppress(ValueError):
@@ -143,15 +146,7 @@ def execute(
         run_id: int = database.call(connection, "start_run", instance=name, kind=kind, name=run_name)[0]["run_id"]
         ids = _joined(connection, experiment.name)
         taken = database.call(connection, "take_job", queues=["task"], queue_worker_id=ids[1], only_runs=[run_id])
-    runner = _Runner(experiment, url, settings, run_id, ids, taken, is_echoed=is_echoed)
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(runner.run())
-    else:  # a notebook: its loop is not ours to block
-        thread = threading.Thread(target=lambda: asyncio.run(runner.run()), name="pgharness run")
-        thread.start()
-        thread.join()
+    _Runner(experiment, url, settings, run_id, ids, taken, is_echoed=is_echoed).work()
     with database.connect(url) as connection:
         run = database.rows(connection, "runs", id=run_id)[0]
         task = database.rows(connection, "tasks", run_id=run_id, ordinal=0)[0]
@@ -181,23 +176,75 @@ class _Runner:
         self._run_id = run_id
         self._is_echoed = is_echoed
         self._is_over = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._session: Session | None = None
         self._jobs: set[int] = set()
+        self._is_stopping = threading.Event()
+        self._has_ended = threading.Event()
+        self._error: BaseException | None = None
 
-    async def run(self) -> None:
-        """Work until the run has ended."""
+    def work(self) -> None:
+        """Work until the run has ended, in a thread: signals arrive in the caller's, whatever the code does meanwhile.
+
+        Interrupted from the keyboard, it cancels the run; interrupted again, it ends the process.
+        """
+        thread = threading.Thread(target=self._run_in_thread, name="pgharness run", daemon=True)
+        thread.start()
+        is_cancelled = False
+        try:
+            while not self._has_ended.wait(0.2):
+                pass
+        except KeyboardInterrupt:
+            while not self._has_ended.is_set():
+                try:
+                    if not is_cancelled:
+                        is_cancelled = True
+                        self._cancel()
+                    self._has_ended.wait(0.2)
+                except KeyboardInterrupt:
+                    os._exit(130)
+        except BaseException:
+            self._end_soon()  # what it has not done comes back, for workers to do
+            self._has_ended.wait(_CLEANUP_SECONDS)
+            raise
+        if self._error is not None:
+            raise self._error
+
+    def _run_in_thread(self) -> None:
+        try:
+            asyncio.run(self._run())
+        except BaseException as exc:
+            self._error = exc
+        finally:
+            self._has_ended.set()
+
+    def _cancel(self) -> None:
+        with contextlib.suppress(HarnessError, *TRANSIENT), database.connect(self._url) as connection:
+            database.call(connection, "cancel_run", run_id=self._run_id, reason="interrupted from the keyboard")
+        self._end_soon()
+
+    def _end_soon(self) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._end)
+
+    async def _run(self) -> None:
         pool = Database(self._url, application_name="pgharness run")
         async with pool.opened():
             worker_id, queue_worker_id = self._ids
             run = (await pool.call("load_code", run_id=self._run_id))[0]["load_code"]
-            loop = asyncio.get_running_loop()
+            self._loop = asyncio.get_running_loop()
 
             def on_state(_: int, status: str, epoch: int) -> None:
                 if status != "running":
-                    loop.call_soon_threadsafe(self._end)
+                    self._end_soon()
 
             journal = Journal(Line(self._url, application_name="pgharness run"), worker_id, on_state)
-            gateway = Gateway(cache_root=self._settings.cache_root, allows_code=self._settings.allows_code)
+            gateway = Gateway(
+                cache_root=self._settings.cache_root,
+                allows_code=self._settings.allows_code,
+                plugin_seconds=self._settings.plugin_seconds,
+            )
             session = self._session = Session(
                 pool,
                 gateway,
@@ -210,17 +257,17 @@ class _Runner:
             version = await pool.call("register_experiment", **self._experiment.registration(), becomes_current=False)
             await pool.call("start_version", run_id=self._run_id, version_id=version[0]["register_experiment"])
             capture = Capture(lambda: session.first_scope, is_echoed=self._is_echoed)
-            beating = asyncio.create_task(self._keep_beating(pool, worker_id))
-            if threading.current_thread() is threading.main_thread():
-                loop.add_signal_handler(signal.SIGINT, lambda: asyncio.ensure_future(self._cancel(pool)))
+            beating = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
+            beating.start()
             try:
-                with capture.taken_over():
+                with capture.taken_over(), threads_inherit():
                     await self._work(pool, queue_worker_id)
             finally:
-                beating.cancel()
                 await session.close()
                 await gateway.aclose()
                 await asyncio.to_thread(journal.close)
+                self._is_stopping.set()
+                await asyncio.to_thread(beating.join)
                 with contextlib.suppress(HarnessError, *TRANSIENT):
                     await pool.call(
                         "heartbeat", worker_id=worker_id, in_flight={}, state="stopped", runs=[], jobs=list(self._jobs)
@@ -230,13 +277,6 @@ class _Runner:
         self._is_over.set()
         if self._session is not None:
             self._session.interrupt()
-
-    async def _cancel(self, pool: Database) -> None:
-        if self._is_over.is_set():  # asked again
-            os._exit(130)
-        with contextlib.suppress(HarnessError, *TRANSIENT):
-            await pool.call("cancel_run", run_id=self._run_id, reason="interrupted from the keyboard")
-        self._end()
 
     async def _work(self, pool: Database, queue_worker_id: int) -> None:
         assert self._session is not None
@@ -257,7 +297,7 @@ class _Runner:
                 async with asyncio.timeout(_POLL_SECONDS):
                     await self._is_over.wait()
         if open_slices:
-            await asyncio.wait(open_slices)
+            await asyncio.wait(open_slices, timeout=_CLEANUP_SECONDS)
 
     async def _do(self, pool: Database, job: Row) -> None:
         assert self._session is not None
@@ -270,21 +310,24 @@ class _Runner:
             await pool.persist("end_slice", job_id=job["id"])
             self._jobs.discard(job["id"])
 
-    async def _keep_beating(self, pool: Database, worker_id: int) -> None:
-        while True:
+    def _keep_beating(self) -> None:
+        """Show life once a second, in a thread of its own: code may keep the loop busy."""
+        line = Line(self._url, application_name="pgharness run")
+        while not self._is_stopping.is_set():
             with contextlib.suppress(HarnessError, *TRANSIENT):
-                states = await pool.call(
+                states = line.call(
                     "heartbeat",
-                    worker_id=worker_id,
+                    worker_id=self._ids[0],
                     in_flight={},
                     state="running",
                     runs=[self._run_id],
                     jobs=list(self._jobs),
                 )
-                await pool.call("expire_runs")
+                line.call("expire_runs")
                 if states[0]["status"] != "running":
-                    self._end()
-            await asyncio.sleep(_BEAT_SECONDS)
+                    self._end_soon()
+            self._is_stopping.wait(_BEAT_SECONDS)
+        line.close()
 
 
 def _joined(connection: Connection[Any], experiment: str) -> tuple[int, int]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import os
+import signal
+import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,7 +25,7 @@ from pgharness.sdk.capture import Capture
 from pgharness.sdk.definition import Experiment
 from pgharness.sdk.discovery import load
 from pgharness.sdk.journal import Journal
-from pgharness.sdk.scope import Scope
+from pgharness.sdk.scope import Scope, threads_inherit
 from pgharness.sdk.session import Session
 from pgharness.settings import Settings
 
@@ -46,6 +49,7 @@ class HostOptions:
 def main(pipe: Connection[Any, Any], options: HostOptions) -> None:
     """Run what comes over the pipe until it closes or says stop; the process ends here."""
     os.setsid()  # with the programs that it starts, so that they end together
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()  # code may block the loop
     session: list[Session] = []
 
     def fallback() -> Scope | None:
@@ -62,12 +66,25 @@ def main(pipe: Connection[Any, Any], options: HostOptions) -> None:
             logger.error("the code of run %s cannot be loaded: %s", options.run["run_id"], exc)
             pipe.send(("unloadable", f"its code cannot be loaded: {type(exc).__name__}: {exc}"[:1_000]))
         else:
-            uvloop.run(_serve(pipe, options, experiment, session, capture))
+            with threads_inherit():
+                uvloop.run(_serve(pipe, options, experiment, session, capture))
             status = 0
     except BaseException:
         logger.exception("the process of run %s failed", options.run["run_id"])
     finally:
         os._exit(status)  # threads that never end must not keep it
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    _end()
+
+
+def _end() -> None:
+    """End at once, with the programs that were started."""
+    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 async def _serve(
@@ -84,7 +101,11 @@ async def _serve(
     async with pool.opened():
         version = await pool.call("register_experiment", **experiment.registration(), becomes_current=False)
         await pool.call("start_version", run_id=host.run_id, version_id=version[0]["register_experiment"])
-        gateway = Gateway(cache_root=options.settings.cache_root, allows_code=options.settings.allows_code)
+        gateway = Gateway(
+            cache_root=options.settings.cache_root,
+            allows_code=options.settings.allows_code,
+            plugin_seconds=options.settings.plugin_seconds,
+        )
         session = Session(
             pool,
             gateway,
@@ -93,7 +114,7 @@ async def _serve(
             run=options.run,
             experiment=experiment,
             concurrency=options.concurrency,
-            on_running=lambda ordinals, resting: pipe.send(("running", ordinals, resting)),
+            on_running=lambda *told: pipe.send(("running", *told)),
         )
         sessions.append(session)
         await host.work(session, capture)
@@ -151,7 +172,7 @@ class _Host:
                     case ("stop",):
                         self._stopping.set()
         except (EOFError, OSError):  # the parent is gone
-            os._exit(2)
+            _end()
 
     async def _do(self, session: Session, capture: Capture, number: int, slice: Row) -> None:
         is_whole = False

@@ -14,6 +14,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import time
@@ -35,6 +36,7 @@ from pgharness.types import ItemKind
 
 logger = logging.getLogger(__name__)
 _WATCH_SECONDS = 0.25
+_EXPIRY_SECONDS = 1.0
 _START_SECONDS = 60.0
 _HEARD_SECONDS = 1.0  # for an interruption to arrive
 _CLEANUP_SECONDS = 15.0  # for what it interrupted to end
@@ -42,12 +44,11 @@ _TERM_SECONDS = 0.5
 _IDLE_SECONDS = 1.0
 _DRAIN_SECONDS = 30.0
 _REFRESH_SECONDS = 5.0
-_MOST_THREADS = 2_000
+_MOST_THREADS = 500  # beside those of its tasks
 _MOST_PROCESSES = 500
 _MOST_SLICES = 8  # of a run, waiting here: more would only be kept from other workers
 _MOST_OPEN_SLICES = 10_000
 _CRASH_LIMIT = 3
-_SLICE_CRASH_LIMIT = 5
 _MB = 1_000_000
 _CONTEXT = multiprocessing.get_context("forkserver")
 _WHERE = ("root", "path", "line")  # of a registration: where the code lies on this host
@@ -63,12 +64,15 @@ class ProcessHost:
     def __init__(self, options: HostOptions, on_end: Callable[[ProcessHost], None]) -> None:
         self.run = options.run
         self.run_id: int = options.run["run_id"]
-        self.running: list[int] = []
+        self.running: list[tuple[int, int]] = []  # tasks, with which try
+        self.parked = 0  # tasks that wait for maps
         self.resting = 0  # slices that only wait for maps
         self.on_rest: Callable[[], None] = lambda: None  # is called when that changes
         self.slices: dict[int, asyncio.Future[bool]] = {}
         self.idle_since = time.monotonic()
         self.reason: str | None = None  # why it was killed; None while nobody meant to
+        self.excess: str | None = None  # which limit of its run it was beyond
+        self.was_ready = False
         self.is_interrupted = False
         self.is_stopping = False
         self._options = options
@@ -178,9 +182,10 @@ class ProcessHost:
             while self._pipe.poll():
                 match self._pipe.recv():
                     case ("ready",):
+                        self.was_ready = True
                         self._ready.set_result(None)
-                    case ("running", ordinals, resting):
-                        self.running = ordinals
+                    case ("running", ordinals, parked, resting):
+                        self.running, self.parked = ordinals, parked
                         if resting != self.resting:
                             self.resting = resting
                             self.on_rest()
@@ -225,7 +230,8 @@ class ProcessHost:
     @property
     def ended_itself(self) -> bool:
         """Whether the code ended its process, rather than somebody else."""
-        return self.reason is None and (self._process.exitcode or 0) >= 0
+        # 255 is said of all of them when the process that starts them is killed
+        return self.reason is None and 0 <= (self._process.exitcode or 0) < 255
 
 
 class Hosts:
@@ -262,6 +268,7 @@ class Hosts:
         self._fingerprint: object = None
         self._keepers: list[asyncio.Task[None]] = []
         self._is_held = False
+        self._stillborn: dict[int, int] = {}  # processes of a run that ended before they were ready
 
     async def open(self) -> None:
         """Find the experiments, make them known, and begin to watch."""
@@ -269,7 +276,10 @@ class Hosts:
         sys.modules["__main__"] = types.ModuleType("__main__")
         multiprocessing.set_forkserver_preload(["pgharness.sdk.host"])
         await self._refresh()
-        self._keepers = [asyncio.create_task(keeper) for keeper in (self._keep_watching(), self._keep_refreshing())]
+        self._keepers = [
+            asyncio.create_task(keeper)
+            for keeper in (self._keep_watching(), self._keep_expiring(), self._keep_refreshing())
+        ]
 
     # -- what the process asks of it, as of the engine of notes and grades
 
@@ -361,12 +371,6 @@ class Hosts:
         self._open[work.run_id] = self._open.get(work.run_id, 0) + 1
         self._update_room()
         try:
-            if work.crashes >= _SLICE_CRASH_LIMIT and work.ordinals and len(work.ordinals) == 1:
-                reason = f"workers died {work.crashes} times while they ran it"
-                await self._database.persist(
-                    "lose_tasks", run_id=work.run_id, ordinals=work.ordinals, reason=reason, limit_crashes=1
-                )
-                return
             host = await self._host(work)
             if host is None:
                 return
@@ -391,10 +395,15 @@ class Hosts:
             if host is None:
                 starting = self._starting[run_id] = asyncio.create_task(self._started(work))
                 starting.add_done_callback(lambda _: self._starting.pop(run_id))
+            elif host.run["epoch"] < work.epoch:  # all of it was queued anew: what it does comes back
+                host.interrupt()
+                await host.join(_CLEANUP_SECONDS + 5)
             elif host.is_interrupted or host.is_stopping:
                 await host.join(_CLEANUP_SECONDS + 5)
             else:
                 return host
+            if self.is_draining:
+                raise HandedBack
         return await asyncio.shield(self._starting[run_id])
 
     async def _started(self, work: Slice) -> ProcessHost | None:
@@ -423,6 +432,9 @@ class Hosts:
         except HostDied:
             await asyncio.gather(*self._ends, return_exceptions=True)
             raise HandedBack from None
+        except Exception:  # no process could be started: nobody may wait for it
+            self._hosts.pop(work.run_id, None)
+            raise
         return host
 
     def _on_end(self, host: ProcessHost) -> None:
@@ -437,16 +449,26 @@ class Hosts:
         """Say what became of the tasks that a process took along."""
         if host.unloadable is not None:
             await self._database.persist("fail_run", run_id=host.run_id, reason=host.unloadable)
-        elif not host.is_interrupted and (host.running or host.reason):
-            lost = host.running
+        elif host.excess is not None:
+            await self._database.persist("fail_run", run_id=host.run_id, reason=host.excess)
+        elif not host.was_ready and not host.is_interrupted:
+            count = self._stillborn[host.run_id] = self._stillborn.get(host.run_id, 0) + 1
+            if count >= _CRASH_LIMIT:
+                del self._stillborn[host.run_id]
+                reason = f"{host.ending} while its code was loaded"
+                await self._database.persist("fail_run", run_id=host.run_id, reason=reason)
+        elif host.running and not host.is_interrupted:
             # alone, it is to blame; what was killed from outside may be innocent
-            limit = 1 if len(lost) == 1 and host.ended_itself else _CRASH_LIMIT
-            if host.reason is not None:
-                await self._database.persist("fail_run", run_id=host.run_id, reason=host.reason)
-            elif lost:
-                await self._database.persist(
-                    "lose_tasks", run_id=host.run_id, ordinals=lost, reason=host.ending, limit_crashes=limit
-                )
+            limit = 1 if len(host.running) == 1 and host.ended_itself else _CRASH_LIMIT
+            ordinals, attempts = zip(*host.running, strict=True)
+            await self._database.persist(
+                "lose_tasks",
+                run_id=host.run_id,
+                ordinals=list(ordinals),
+                attempts=list(attempts),
+                reason=host.ending,
+                limit_crashes=limit,
+            )
 
     # -- keeping
 
@@ -468,10 +490,15 @@ class Hosts:
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             for host in list(self._hosts.values()):
-                if (reason := self._excess(host)) is not None:
-                    host.kill(reason)
+                if (excess := self._excess(host)) is not None:
+                    host.excess = excess
+                    host.kill(excess)
                 elif host.run_id not in self._open and time.monotonic() - host.idle_since > _IDLE_SECONDS:
                     host.stop()
+
+    async def _keep_expiring(self) -> None:
+        while True:
+            await asyncio.sleep(_EXPIRY_SECONDS * (0.5 + random.random()))
             with contextlib.suppress(HarnessError, *TRANSIENT):
                 await self._database.call("expire_runs")
 
@@ -492,8 +519,9 @@ class Hosts:
         limit = host.run["memory_mb"]
         if used > limit * _MB:
             return f"it used {used // _MB:,} MB of memory, more than its {limit:,}"
-        if threads > _MOST_THREADS:
-            return f"it had {threads:,} threads, more than {_MOST_THREADS:,}"
+        most = _MOST_THREADS + self._places + host.parked
+        if threads > most:
+            return f"it had {threads:,} threads, more than {most:,}"
         if len(family) > _MOST_PROCESSES:
             return f"it had {len(family):,} processes, more than {_MOST_PROCESSES:,}"
         return None

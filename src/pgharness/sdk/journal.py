@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+from uuid import uuid4
 
 import orjson
 
@@ -59,6 +61,8 @@ class Journal:
         self._line = line
         self._worker_id = worker_id
         self._on_state = on_state
+        self._name = uuid4().hex  # by which the database knows a group that it is sent twice
+        self._numbers = itertools.count(1)
         self._entries: list[_Entry] = []
         self._size = 0
         self._lock = threading.Lock()
@@ -128,8 +132,10 @@ class Journal:
                     logger.error("what tasks told could not be written: %s", exc.__cause__)
                     self._has_room.set()
                     return
-                except Exception:  # whatever it is, the journal lives on
+                except Exception as exc:  # whatever it is, the journal lives on, and nobody waits for it in vain
                     logger.exception("what tasks told could not be written")
+                    for entry in group:
+                        self._settle(entry, exc)
             with self._lock:
                 if not self._entries:
                     self._is_empty.set()
@@ -155,7 +161,7 @@ class Journal:
             self._tell(run_id, lines, rows)
         for entry in entries:
             if entry.kind == "artifact":
-                self._call("keep_artifact", run_id=run_id, task=entry.task, attempt=entry.attempt, **entry.row)
+                self._keep(entry)
         if ends:
             self._end(run_id, ends)
 
@@ -165,6 +171,8 @@ class Journal:
                 "record_told",
                 worker_id=self._worker_id,
                 run_id=run_id,
+                teller=self._name,
+                number=next(self._numbers),
                 lines=storable_json([_line(entry) for entry in lines]),
                 rows=storable_json([_row(entry) for entry in rows]),
             )
@@ -177,11 +185,24 @@ class Journal:
                 for entry in rows:
                     self._tell(run_id, [], [entry])
                 return
-            logger.error("what a task of run %s told was refused: %s", run_id, exc)
-            told = (lines + rows)[0]
-            if told.kind != "log":
-                row = {"level": "error", "message": f"a {told.kind} was refused: {exc}", "data": {}}
-                self._tell(run_id, [_Entry(run_id, told.task, told.attempt, "log", row, told.at, 0)], [])
+            self._refuse((lines + rows)[0], exc)
+
+    def _keep(self, artifact: _Entry) -> None:
+        row = artifact.row | {"name": _text(artifact.row["name"]), "media_type": _text(artifact.row["media_type"])}
+        place = {"run_id": artifact.run_id, "task": artifact.task, "attempt": artifact.attempt}
+        try:
+            self._call("keep_artifact", teller=self._name, number=next(self._numbers), **place, **row)
+        except _Away:
+            raise
+        except Exception as exc:
+            self._refuse(artifact, exc)
+
+    def _refuse(self, told: _Entry, error: Exception) -> None:
+        """Say in the log that something was refused."""
+        logger.error("what a task of run %s told was refused: %s", told.run_id, error)
+        if told.kind != "log":
+            row = {"level": "error", "message": f"a {told.kind} was refused: {error}", "data": {}}
+            self._tell(told.run_id, [_Entry(told.run_id, told.task, told.attempt, "log", row, told.at, 0)], [])
 
     def _end(self, run_id: int, ends: list[_Entry]) -> None:
         try:
@@ -281,12 +302,22 @@ def storable_json(value: Any) -> str:
     """Return JSON that Postgres can store."""
     with contextlib.suppress(TypeError):  # a lone surrogate, or an integer of more than 64 bits
         text = orjson.dumps(value)
-        if b"\\u0000" not in text:
+        if b"\\u0000" not in text and (b"null" not in text or _is_finite(value)):
             return text.decode()
     return json.dumps(_storable(value), ensure_ascii=False, separators=(",", ":"), default=str)
 
 
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    return not isinstance(value, list | tuple) or all(map(_is_finite, value))
+
+
 def _storable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, dict):

@@ -1,21 +1,23 @@
 """What code under an experiment sees: the task it runs in, and the context that its functions are handed.
 
-The current task travels by context variable, so it is known in coroutines, in tasks and in threads that were started
-with a copy of the context; `asyncio.to_thread` and the library's own threads are. Everything that is told here is
+The current task travels by context variable, so it is known in coroutines, in tasks and in the threads that are started
+by those who know it. Everything that is told here is
 handed to `emit` at once, in order; writing it is another's work and holds nobody up.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import mimetypes
+import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, overload
 
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 Emit = Callable[[str, dict[str, Any]], None]
 Level = Literal["debug", "info", "warning", "error"]
 LEVELS: tuple[Level, ...] = ("debug", "info", "warning", "error")
+LONGEST_KEY = 1_000  # bytes of UTF-8; what Postgres has in an index is bounded
 LARGEST_ARTIFACT = 256 * 1024 * 1024
 T = TypeVar("T")
 R = TypeVar("R")
@@ -120,13 +123,41 @@ def entered(scope: Scope) -> Iterator[Scope]:
         _current.reset(token)
 
 
+@contextlib.contextmanager
+def threads_inherit() -> Iterator[None]:
+    """Let threads know the task that starts them, within the block; a pool's are started by whom they first work for.
+
+    Python itself does so from 3.14 on, when it is told to.
+    """
+    start = threading.Thread.start
+
+    def inherit(thread: threading.Thread) -> None:
+        if current() is not None:
+            context, run = contextvars.copy_context(), thread.run
+            thread.run = lambda: context.run(run)  # type: ignore[method-assign]
+        start(thread)
+
+    threading.Thread.start = inherit  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        threading.Thread.start = start  # type: ignore[method-assign]
+
+
 def jsonable(value: Any) -> Any:
     """Return a value as JSON can hold it: models, dataclasses, dates, sets and numbers as usual, the rest as text."""
     if type(value) in _PLAIN:
         return value
     if type(value) is dict and all(type(part) in _PLAIN for part in value.values()):
         return value.copy()
-    return to_jsonable_python(value, fallback=str, inf_nan_mode="strings", bytes_mode="utf8", serialize_unknown=True)
+    try:
+        return to_jsonable_python(
+            value, fallback=str, inf_nan_mode="strings", bytes_mode="utf8", serialize_unknown=True
+        )
+    except UnicodeDecodeError:
+        return to_jsonable_python(
+            value, fallback=str, inf_nan_mode="strings", bytes_mode="base64", serialize_unknown=True
+        )
 
 
 class _Told:
@@ -205,8 +236,8 @@ class _Told:
 
     def result(self, key: str, value: Any) -> None:
         """Record a result under a key; the newest of a key counts, older ones are its history."""
-        if not key:
-            raise ValueError("a result needs a key")
+        if not key or len(key.encode("utf-8", "surrogatepass")) > LONGEST_KEY:
+            raise ValueError(f"a result needs a key of at most {LONGEST_KEY:,} bytes")
         self._scope.emit("result", {"key": key, "value": jsonable(value)})
 
     def progress(self, current: float, total: float | None = None, message: str | None = None) -> None:
@@ -268,6 +299,7 @@ class _Told:
 class Context(_Told):
     """What a function of an experiment is handed, to tell what it does and to have it done."""
 
+    @overload
     def map(
         self,
         function: Callable[..., R],
@@ -275,9 +307,32 @@ class Context(_Told):
         *,
         key: Callable[[Any], object] | None = None,
         name: str | None = None,
+        errors: Literal["raise"] = "raise",
+        retries: int = 0,
+    ) -> list[R]: ...
+
+    @overload
+    def map(
+        self,
+        function: Callable[..., R],
+        items: Iterable[Any],
+        *,
+        key: Callable[[Any], object] | None = None,
+        name: str | None = None,
+        errors: Literal["collect"],
+        retries: int = 0,
+    ) -> list[R | TaskFailed]: ...
+
+    def map(
+        self,
+        function: Callable[..., Any],
+        items: Iterable[Any],
+        *,
+        key: Callable[[Any], object] | None = None,
+        name: str | None = None,
         errors: Literal["raise", "collect"] = "raise",
         retries: int = 0,
-    ) -> list[R]:
+    ) -> list[Any]:
         """Run a function on each item, spread over all workers, and return the results in the order of the items.
 
         The function is one of a module, and takes the item, or a context and the item. Items and results are JSON, or
@@ -308,16 +363,64 @@ class Context(_Told):
 class AsyncContext(_Told):
     """A Context for coroutines: what has to be waited for is awaited."""
 
+    @overload
     async def map(
         self,
-        function: Callable[..., Awaitable[R]] | Callable[..., R],
+        function: Callable[..., Coroutine[Any, Any, R]],
+        items: Iterable[Any],
+        *,
+        key: Callable[[Any], object] | None = None,
+        name: str | None = None,
+        errors: Literal["raise"] = "raise",
+        retries: int = 0,
+    ) -> list[R]: ...
+
+    @overload
+    async def map(
+        self,
+        function: Callable[..., Coroutine[Any, Any, R]],
+        items: Iterable[Any],
+        *,
+        key: Callable[[Any], object] | None = None,
+        name: str | None = None,
+        errors: Literal["collect"],
+        retries: int = 0,
+    ) -> list[R | TaskFailed]: ...
+
+    @overload
+    async def map(
+        self,
+        function: Callable[..., R],
+        items: Iterable[Any],
+        *,
+        key: Callable[[Any], object] | None = None,
+        name: str | None = None,
+        errors: Literal["raise"] = "raise",
+        retries: int = 0,
+    ) -> list[R]: ...
+
+    @overload
+    async def map(
+        self,
+        function: Callable[..., R],
+        items: Iterable[Any],
+        *,
+        key: Callable[[Any], object] | None = None,
+        name: str | None = None,
+        errors: Literal["collect"],
+        retries: int = 0,
+    ) -> list[R | TaskFailed]: ...
+
+    async def map(
+        self,
+        function: Callable[..., Any],
         items: Iterable[Any],
         *,
         key: Callable[[Any], object] | None = None,
         name: str | None = None,
         errors: Literal["raise", "collect"] = "raise",
         retries: int = 0,
-    ) -> list[R]:
+    ) -> list[Any]:
         """Run a function on each item: see Context.map."""
         return await self._scope.services.map(
             self._scope, function, items, key=key, name=name, errors=errors, retries=retries

@@ -18,11 +18,10 @@ import logging
 import random
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import TypeAdapter
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from pgharness.database import Database, Row
@@ -32,6 +31,7 @@ from pgharness.sdk.chat import Chat
 from pgharness.sdk.definition import Experiment
 from pgharness.sdk.journal import Journal, storable_json
 from pgharness.sdk.loading import import_module
+from pgharness.sdk.mapping import ItemFunction, item_function, keys_of, result_of, return_adapter
 from pgharness.sdk.scope import (
     AsyncContext,
     Cancelled,
@@ -47,7 +47,6 @@ from pgharness.sdk.scope import (
 logger = logging.getLogger(__name__)
 _MAP_CHUNK = 5_000
 _POLL_SECONDS = (0.02, 0.5)
-_LONGEST_KEY = 1_000
 _LONGEST_TRACEBACK = 20_000
 _SUSPECT_CRASHES = 1
 _LOOK_SECONDS = 0.2  # for code that looks at is_cancelled, before it is interrupted
@@ -74,7 +73,7 @@ class _Task:
     work: asyncio.Task[Any] | None = None
     thread: threading.Thread | None = None
     maps: int = 0  # that it waits for, and holds no place meanwhile
-    has_place: bool = False
+    places: int = 0  # that it holds
     is_interrupted: bool = False
     has_looked: bool = False  # at is_cancelled, when it was true
 
@@ -82,16 +81,6 @@ class _Task:
     def is_suspect(self) -> bool:
         """Whether its process died while it ran."""
         return bool(self.row["ordinal"]) and self.row["crashes"] >= _SUSPECT_CRASHES
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """How a function takes its item."""
-
-    is_async: bool
-    takes_context: bool
-    adapter: TypeAdapter[Any] | None  # what makes it of JSON
-    function: Callable[..., Any]
 
 
 class Session:
@@ -107,11 +96,12 @@ class Session:
         run: Row,
         experiment: Experiment,
         concurrency: int,
-        on_running: Callable[[list[int], int], None] = lambda *_: None,
+        on_running: Callable[[list[tuple[int, int]], int, int], None] = lambda *_: None,
     ) -> None:
         """Prepare to run tasks of a run, which is given as `load_code` answers it.
 
-        `on_running` hears which of them run now, and how many slices rest, whenever that changes.
+        `on_running` hears, whenever that changes, which of them run (each with its try), how many wait for maps, and
+        how many slices rest.
         """
         self._database = database
         self._journal = journal
@@ -121,11 +111,13 @@ class Session:
         self._experiment = experiment
         self._on_running = on_running
         self._loop = asyncio.get_running_loop()
-        self._chat = Chat(database, gateway)
+        self.loop_thread = threading.get_ident()
+        self._chat = Chat(database, gateway, run)
+        self._concurrency = concurrency
         self._places = asyncio.Semaphore(concurrency)
         self._alone = asyncio.Lock()
-        self._functions: dict[str, _Item] = {}
-        self._running: dict[int, _Task] = {}
+        self._functions: dict[str, ItemFunction] = {}
+        self._running: dict[tuple[int, int], _Task] = {}  # by ordinal and attempt
         self._left: dict[int, set[_Task]] = {}  # of each open slice, the tasks that have not ended
         self._is_interrupted = False
         self._is_draining = False
@@ -169,23 +161,24 @@ class Session:
         return True
 
     async def _take_place(self, task: _Task) -> None:
-        """Wait for a place to run in; a task whose process died while it ran is alone among its like."""
+        """Wait for a place to run in; for all of them, if it may take this process along: it is then known who did."""
         async with contextlib.AsyncExitStack() as stack:
             if task.is_suspect:
-                await self._alone.acquire()  # if it takes the process along again, it is known who did
+                await self._alone.acquire()
                 stack.callback(self._alone.release)
-            await self._places.acquire()
-            stack.callback(self._places.release)
-            if not task.maps and not task.has_place:  # else another map of its began, or ended, meanwhile
+            for _ in range(self._concurrency if task.is_suspect else 1):
+                await self._places.acquire()
+                stack.callback(self._places.release)
+            if not task.maps and not task.places:  # else another map of its began, or ended, meanwhile
                 stack.pop_all()
-                task.has_place = True
+                task.places = self._concurrency if task.is_suspect else 1
 
     def _leave_place(self, task: _Task) -> None:
-        if task.has_place:
-            task.has_place = False
+        places, task.places = task.places, 0
+        for _ in range(places):
             self._places.release()
-            if task.is_suspect:
-                self._alone.release()
+        if places and task.is_suspect:
+            self._alone.release()
 
     def _begun(self, row: Row) -> _Task:
         ordinal, attempt = row["ordinal"], row["attempt"]
@@ -209,17 +202,23 @@ class Session:
     def _keep_origin(self, scope: Scope) -> None:
         """Keep with a milestone what it was made by: its code, the environment and the configuration."""
         context = Context(scope)
-        context.artifact("code.zip", self._experiment.snapshot())
-        context.artifact("environment.json", json.dumps(environment(), indent=2))
-        context.artifact("config.json", json.dumps(self.run["config"], indent=2))
+        try:
+            context.artifact("code.zip", self._experiment.snapshot())
+            context.artifact("environment.json", json.dumps(environment(), indent=2))
+            context.artifact("config.json", json.dumps(self.run["config"], indent=2))
+        except (OSError, ValueError) as exc:
+            context.error(f"what this milestone was made by could not be kept: {exc}")
 
     async def _run_task(self, task: _Task) -> dict[str, Any] | None:
-        self._running[task.scope.ordinal] = task
+        ordinal, attempt = task.scope.ordinal, task.scope.attempt
+        # an earlier try that still runs here is superseded: this worker was taken for lost
+        self._interrupt_all(lambda other: other.scope.ordinal == ordinal and other.scope.attempt < attempt)
+        self._running[ordinal, attempt] = task
         self._tell_running()
         try:
             return await self._outcome(task)
         finally:
-            del self._running[task.scope.ordinal]
+            del self._running[ordinal, attempt]
             self._tell_running()
 
     async def _outcome(self, task: _Task) -> dict[str, Any] | None:
@@ -261,7 +260,7 @@ class Session:
         call = (lambda: of.function(context, item)) if of.takes_context else (lambda: of.function(item))
         return call, of.is_async
 
-    def _function(self, path: str) -> _Item:
+    def _function(self, path: str) -> ItemFunction:
         if path not in self._functions:
             module, _, name = path.rpartition(":")
             if module == self._experiment.module:
@@ -270,7 +269,7 @@ class Session:
                 found = import_module(module, self._experiment.root)
             for part in name.split("."):
                 found = getattr(found, part)
-            self._functions[path] = _Item(inspect.iscoroutinefunction(found), *_signature(found), found)
+            self._functions[path] = item_function(found)
         return self._functions[path]
 
     async def _in_thread(self, task: _Task, call: Callable[[], T]) -> T:
@@ -316,9 +315,9 @@ class Session:
         self._is_draining = True
         self._interrupt_all(lambda task: bool(task.maps))
 
-    def notice(self, ordinal: int) -> None:
+    def notice(self, scope: Scope) -> None:
         """Note that a task has seen that it is cancelled."""
-        if (task := self._running.get(ordinal)) is not None:
+        if (task := self._running.get((scope.ordinal, scope.attempt))) is not None:
             task.has_looked = True
 
     def _interrupt_all(self, is_meant: Callable[[_Task], bool]) -> None:
@@ -353,7 +352,8 @@ class Session:
         )
 
     def _tell_running(self) -> None:
-        self._on_running([ordinal for ordinal, task in self._running.items() if not task.maps], self.resting)
+        running = [place for place, task in self._running.items() if not task.maps]
+        self._on_running(running, len(self._running) - len(running), self.resting)
 
     @property
     def resting(self) -> int:
@@ -363,7 +363,7 @@ class Session:
     @contextlib.asynccontextmanager
     async def _parked(self, scope: Scope) -> AsyncIterator[None]:
         """Give a task's place to others while it waits for them."""
-        task = self._running.get(scope.ordinal)
+        task = self._running.get((scope.ordinal, scope.attempt))
         if task is None:
             yield
             return
@@ -400,7 +400,7 @@ class Session:
         label = name or path.rpartition(":")[2]
         items = list(items)
         arguments = [to_jsonable_python(item) for item in items]
-        keys = list(_keys(arguments, None if key is None else [key(item) for item in items]))
+        keys = list(keys_of(arguments, None if key is None else [key(item) for item in items]))
         pairs = list(zip(keys, arguments, strict=True))
         for start in range(0, len(keys), _MAP_CHUNK):
             await self._database.persist(
@@ -429,8 +429,8 @@ class Session:
             row["key"]: row
             for row in await self._database.persist("map_results", run_id=self.run_id, parent=scope.ordinal, map=label)
         }
-        adapter = _return_adapter(function)
-        results = [_result_of(ended[each], adapter) for each in keys]
+        adapter = return_adapter(function)
+        results = [result_of(ended[each], adapter) for each in keys]
         if errors == "raise" and (failed := [result for result in results if isinstance(result, TaskFailed)]):
             more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             raise TaskFailed(failed[0].key, failed[0].error + more)
@@ -463,13 +463,13 @@ class _Services:
     @property
     def is_cancelled(self) -> bool:
         if self._session.is_interrupted and (scope := current()) is not None:
-            self._session.notice(scope.ordinal)
+            self._session.notice(scope)
         return self._session.is_interrupted
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait in a thread for what is done in the loop; in short steps, or an interruption would not arrive."""
         loop = self._session._loop
-        if threading.current_thread() is threading.main_thread() and loop.is_running():
+        if threading.get_ident() == self._session.loop_thread:
             work.close()
             raise RuntimeError("this would wait for itself: make the function async and await it")
         future = asyncio.run_coroutine_threadsafe(work, loop)
@@ -506,70 +506,6 @@ def _seed(seed: int, row: Row) -> int:
         return seed & 0x7FFFFFFF
     digest = hashlib.sha256(f"{seed}\0{row['map']}\0{row['key']}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:4], "big") >> 1
-
-
-def _keys(arguments: Sequence[Any], given: Sequence[object] | None) -> Iterator[str]:
-    """Yield a key for each item: the one that was given, else the item itself, numbered where items repeat."""
-    seen: dict[str, int] = {}
-    for argument, key in zip(arguments, [None] * len(arguments) if given is None else given, strict=True):
-        if given is not None:
-            text = str(key)
-        elif isinstance(argument, str) and len(argument) <= 200:
-            text = argument
-        else:
-            text = json.dumps(argument, sort_keys=True, separators=(",", ":"))
-            if len(text) > 200:
-                text = hashlib.sha256(text.encode()).hexdigest()
-        if len(text) > _LONGEST_KEY:
-            raise ValueError(f"the key {text[:50]!r}… has more than {_LONGEST_KEY} characters")
-        count = seen[text] = seen.get(text, 0) + 1
-        if count > 1 and given is not None:
-            raise ValueError(f"two items have the key {text!r}: a key is one item's alone")
-        yield text if count == 1 else f"{text}~{count}"
-
-
-def _result_of(row: Row, adapter: TypeAdapter[Any] | None) -> Any:
-    if row["status"] == "failed":
-        return TaskFailed(row["key"], row["error"])
-    text = "null" if row["result"] is None else row["result"]
-    return json.loads(text) if adapter is None else adapter.validate_json(text)
-
-
-def _signature(function: Callable[..., Any]) -> tuple[bool, TypeAdapter[Any] | None]:
-    """Tell whether a function of an item takes a context first, and what makes its item of JSON."""
-    parameters = [
-        parameter
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        and parameter.default is parameter.empty
-    ]
-    hints = _hints(function)
-    takes_context = len(parameters) > 1 or any(
-        hints.get(parameter.name) in (Context, AsyncContext) for parameter in parameters
-    )
-    item = parameters[-1] if parameters else None
-    annotation = hints.get(item.name) if item is not None else None
-    return takes_context, _adapter(annotation)
-
-
-def _return_adapter(function: Callable[..., Any]) -> TypeAdapter[Any] | None:
-    return _adapter(_hints(function).get("return"))
-
-
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return get_type_hints(inspect.unwrap(function))
-    except (NameError, TypeError):
-        return {}
-
-
-def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
-    if annotation is None or annotation in (Any, inspect.Parameter.empty, object):
-        return None
-    try:
-        return TypeAdapter(annotation)
-    except Exception:  # a type that pydantic knows nothing of stays as JSON has it
-        return None
 
 
 def _json_result(value: Any) -> Any:
