@@ -45,7 +45,8 @@ def rows(url: str, query: str, *values: object) -> list[dict[str, Any]]:
 @pytest.fixture
 def lab(url: str, tmp_path: Path) -> Iterator[CodeLab]:
     """A project with workers."""
-    yield from opened(url, tmp_path)
+    with opened(url, tmp_path) as lab:
+        yield lab
 
 
 @experiment(name="configured")

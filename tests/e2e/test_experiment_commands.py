@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import signal
@@ -24,6 +25,7 @@ from command_line import CommandLine, Done
 from pgharness.cli import exports
 from pgharness.cli.configs import fields, laid_over
 
+_GROUPS = itertools.count(1)
 DICE = '''
 """Throws dice."""
 
@@ -491,11 +493,11 @@ class Teller:
     def _told(self, run_id: int, rows: list[dict[str, Any]], lines: list[tuple[str, str]]) -> None:
         told = [[0, 1, level, message, {}, "2026-01-01T00:00:00Z"] for level, message in lines]
         arguments = {"worker_id": self.worker, "run_id": run_id, "lines": Jsonb(told), "rows": Jsonb(rows)}
-        self.value("record_told", **arguments)
+        self.value("record_told", teller="test", number=next(_GROUPS), **arguments)
 
     def keep(self, run_id: int, name: str, content: bytes) -> None:
         told = {"task": 0, "attempt": 1, "name": name, "media_type": "text/plain", "content": content}
-        self.value("keep_artifact", run_id=run_id, **told)
+        self.value("keep_artifact", run_id=run_id, teller="test", number=next(_GROUPS), **told)
 
     def end(self, run_id: int, **outcome: Any) -> None:
         row = {"ordinal": 0, "attempt": 1, "status": "succeeded", "is_final": True} | outcome

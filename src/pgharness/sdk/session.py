@@ -26,6 +26,7 @@ from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from pgharness.database import Database, Row
 from pgharness.environment import environment
+from pgharness.errors import LeaseLost
 from pgharness.gateway import Gateway
 from pgharness.sdk.chat import Chat
 from pgharness.sdk.definition import Experiment
@@ -62,6 +63,10 @@ class _Interrupt(Cancelled):
     def __init__(self, *args: object) -> None:
         super().__init__(*args or ("the run was cancelled",))
         _Interrupt.arrived.add(threading.get_ident())
+
+
+class _Stopped(Cancelled):
+    """Cancelled, as the database said it before this process was told."""
 
 
 @dataclass(slots=True, eq=False)
@@ -239,6 +244,8 @@ class Session:
                 return {"status": "succeeded", "result": None}
             except Failed as exc:
                 return {"status": "failed", "error": str(exc), "is_final": True}
+            except (_Stopped, LeaseLost):
+                return None
             except (Cancelled, asyncio.CancelledError):
                 if not (self._is_interrupted or task.is_interrupted):  # its own doing
                     return {"status": "failed", "error": "it cancelled itself", "is_final": True}
