@@ -333,7 +333,9 @@ class Hosts:
         """Stop the processes of runs that have ended, pause, or were queued anew."""
         for state in states:
             host = self._hosts.get(state["run_id"])
-            if host is not None and (state["status"] != "running" or state["epoch"] > host.run["epoch"]):
+            if host is None or (state["epoch"] < host.run["epoch"] and state["status"] != "deleted"):
+                continue  # read before the run was queued anew
+            if state["status"] != "running" or state["epoch"] > host.run["epoch"]:
                 host.interrupt()
 
     def hold(self, *, is_held: bool) -> None:
@@ -388,27 +390,34 @@ class Hosts:
             raise HandedBack
 
     async def _host(self, work: Slice) -> ProcessHost | None:
-        """Return the process of a run, started if need be; None when the run is gone or cannot be run."""
+        """Return the process of a run, started if need be; None when nobody waits for the slice any more."""
         run_id = work.run_id
-        while run_id not in self._starting:
+        while not self.is_draining:
             host = self._hosts.get(run_id)
-            if host is None:
-                starting = self._starting[run_id] = asyncio.create_task(self._started(work))
-                starting.add_done_callback(lambda _: self._starting.pop(run_id))
-            elif host.run["epoch"] < work.epoch:  # all of it was queued anew: what it does comes back
+            if run_id in self._starting or host is None:
+                if run_id not in self._starting:
+                    starting = self._starting[run_id] = asyncio.create_task(self._started(work))
+                    starting.add_done_callback(lambda _: self._starting.pop(run_id))
+                if (host := await asyncio.shield(self._starting[run_id])) is None and await self._is_stale(work):
+                    return None
+            if (
+                host is not None and host.run["epoch"] < work.epoch
+            ):  # all of it was queued anew: what it does comes back
                 host.interrupt()
+            if host is not None and (host.is_interrupted or host.is_stopping):
                 await host.join(_CLEANUP_SECONDS + 5)
-            elif host.is_interrupted or host.is_stopping:
-                await host.join(_CLEANUP_SECONDS + 5)
-            else:
+            elif host is not None:
                 return host
-            if self.is_draining:
-                raise HandedBack
-        return await asyncio.shield(self._starting[run_id])
+        raise HandedBack
+
+    async def _is_stale(self, work: Slice) -> bool:
+        """Tell whether a run is not running, or was queued anew since; what another slice found may be older."""
+        run = (await self._database.persist("load_code", run_id=work.run_id))[0]["load_code"]
+        return run is None or run["status"] != "running" or run["epoch"] != work.epoch
 
     async def _started(self, work: Slice) -> ProcessHost | None:
         run = (await self._database.persist("load_code", run_id=work.run_id))[0]["load_code"]
-        if run is None or run["status"] != "running" or run["epoch"] != work.epoch:
+        if run is None or run["status"] != "running":
             return None
         found = self._known.get(run["experiment"])
         if found is None:
