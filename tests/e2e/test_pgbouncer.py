@@ -139,7 +139,15 @@ def workers(url: str, count: int, folder: Path, *arguments: str, **variables: st
     environment = CommandLine(url, environment={"PGHARNESS_STALE_SECONDS": "2"} | variables)
     with (folder / "workers.log").open("a") as log:
         process = environment.start(
-            "worker", "--workers", str(count), *arguments, stdout=log, stderr=log, start_new_session=True
+            "worker",
+            "--workers",
+            str(count),
+            "--queues",
+            "note,grade",
+            *arguments,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     try:
         yield process
@@ -299,7 +307,7 @@ def test_commands_need_no_session(transactions: Pooled, tmp_path: Path) -> None:
         with psycopg.connect(transactions.url, autocommit=True) as db:
             define(db, 30)
             start(db)
-            line.run("worker", "--exit-when-idle", "--concurrency", "5")
+            line.run("worker", "--exit-when-idle", "--concurrency", "5", "--queues", "note,grade")
             assert ended(db) == ("completed", 30, 30)
         assert "completed" in line.run("status", "sums/1").out
         assert line.run("export", "note_results", "--run", "sums/1").out.count("\n") == 30
