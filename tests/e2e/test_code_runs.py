@@ -814,7 +814,7 @@ def test_a_program_that_is_interrupted_cancels_its_run(lab: CodeLab) -> None:
     running = "select max(run_id) from pgharness.run_results where run like 'staged_here/%%' and key = 'process'"
     lab.wait(lambda: lab.value(running), "the run to begin")
     program.send_signal(signal.SIGINT)
-    assert program.wait(10) != 0
+    assert program.wait(30) != 0
     assert program.stderr is not None
     assert "interrupted from the keyboard" in program.stderr.read()
     program.stderr.close()

@@ -289,13 +289,24 @@ class Session:
                 ended.set_result(value) if error is None else ended.set_exception(_Raised(error))
 
         def work() -> None:
-            value, error = None, None
+            # an interruption may arrive at any point, also when the function has just ended by itself
+            value: Any = None
+            error: BaseException | None = None
             try:
-                value = context.run(call)
-            except BaseException as exc:
-                error = exc
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(settle, value, error)
+                try:
+                    value = context.run(call)
+                except BaseException as exc:
+                    error = exc
+            except _Interrupt as late:
+                error = error or late
+            while True:
+                try:
+                    self._loop.call_soon_threadsafe(settle, value, error)
+                    return
+                except _Interrupt:
+                    continue
+                except RuntimeError:  # the loop was closed: nobody waits any more
+                    return
 
         task.thread = threading.Thread(target=work, name=f"task-{task.row['ordinal']}", daemon=True)
         task.thread.start()
