@@ -810,6 +810,7 @@ def test_a_program_that_is_interrupted_cancels_its_run(lab: CodeLab) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which who runs the tests may ignore
     )
     running = "select max(run_id) from pgharness.run_results where run like 'staged_here/%%' and key = 'process'"
     lab.wait(lambda: lab.value(running), "the run to begin")
