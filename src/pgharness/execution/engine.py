@@ -552,8 +552,6 @@ class Engine:
             call.gate.leave()
         if call.run_gate is not None:
             call.run_gate.leave()
-        if call.item.is_suspect:
-            self._suspect = None
 
     async def _try(self, call: _Call) -> Row:
         """Make the one call of this try and return its outcome; a cancelled call is recorded as such."""
@@ -625,6 +623,8 @@ class Engine:
 
     def _end(self, item: Item, *, is_over: bool, is_made: bool = True) -> None:
         """Take an item out of its slice: what became of it is durable, or else it goes back with the slice."""
+        if self._suspect is item:  # not before its outcome is durable: the next one may kill this process
+            self._suspect = None
         if item.slice is None:
             return
         del self._claims[item.key]
