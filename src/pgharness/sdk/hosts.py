@@ -193,6 +193,7 @@ class ProcessHost:
                         if (ended := self.slices.get(number)) is not None and not ended.done():
                             ended.set_result(is_whole)
                     case ("heard",):
+                        self.is_interrupted = True  # it may have found out by itself
                         self._heard.set()
                     case ("unloadable", reason):
                         self.unloadable = reason
