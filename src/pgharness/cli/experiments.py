@@ -18,7 +18,8 @@ from rich.text import Text
 
 from pgharness import database
 from pgharness.cli.configs import ConfigFile, Set, fields, flattened, laid_over, read_config
-from pgharness.cli.records import EXIT_BY_STATUS, compact, print_run, record_of, shortened
+from pgharness.cli.records import compact, print_run, record_of
+from pgharness.cli.runs import EXIT_BY_STATUS, shortened
 from pgharness.cli.session import Session, print_json, session_of, shown, stderr, stdout, table
 from pgharness.database import Row
 from pgharness.errors import Conflict, HarnessError, InvalidArgument, NotFound

@@ -19,7 +19,7 @@ from rich.text import Text
 from pgharness import database
 from pgharness.cli import exports
 from pgharness.cli.configs import flattened
-from pgharness.cli.runs import progress_of
+from pgharness.cli.runs import progress_of, shortened
 from pgharness.cli.session import duration, plain, print_json, session_of, stderr, stdout, table, usd
 from pgharness.database import Row
 from pgharness.errors import NotFound
@@ -28,7 +28,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or id.")]
 Level = Literal["debug", "info", "warning", "error"]
 
-EXIT_BY_STATUS = {"failed": 5, "cancelled": 5, "paused": 6}
 _LEVELS = ("debug", "info", "warning", "error")
 _POLL_SECONDS = 0.2
 _QUIET_SECONDS = 0.5
@@ -45,11 +44,6 @@ def add_to(app: typer.Typer) -> None:
     for command in (show, logs, results, diff, artifacts, export):
         group.command()(command)
     app.add_typer(group, name="runs")
-
-
-def shortened(text: str, length: int) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def compact(value: Any, length: int = 60) -> str:

@@ -60,7 +60,7 @@ Kind = Literal["trial", "milestone"]
 Key = Annotated[str | None, typer.Option(callback=_named, help="A second start with this key returns the first run.")]
 Budget = Annotated[Decimal | None, typer.Option(metavar="USD", parser=_usd, help="Pause when so much is spent.")]
 
-_EXIT_BY_STATUS = {"failed": 5, "cancelled": 5, "paused": 6}
+EXIT_BY_STATUS = {"failed": 5, "cancelled": 5, "paused": 6}
 _REFRESH_SECONDS = 0.5
 _LINE_SECONDS = 5.0
 _PATIENCE_SECONDS = 5.0
@@ -212,7 +212,7 @@ def status(
             print_json(row | {"combinations": database.rows(connection, "combination_scores", run_id=row["run_id"])})
         else:
             stdout.print(RunPanel(connection).of(row))
-    if code := _EXIT_BY_STATUS.get(row["status"]):
+    if code := EXIT_BY_STATUS.get(row["status"]):
         raise typer.Exit(code)
 
 
@@ -336,11 +336,12 @@ _FAILURES: dict[str, Any] = {
     "calls": "calls_failed",
     "waiting": "items_waiting",
     "failed": "items_failed",
-    "for example": lambda row: _shortened(row["example_error"] or "", 120),
+    "for example": lambda row: shortened(row["example_error"] or "", 120),
 }
 
 
-def _shortened(text: str, length: int) -> str:
+def shortened(text: str, length: int) -> str:
+    """Return the beginning of a text, on one line."""
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
 

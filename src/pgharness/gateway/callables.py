@@ -39,6 +39,7 @@ import os
 import re
 import threading
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -92,7 +93,7 @@ def storable(value: Any, secrets: Iterable[str] = ()) -> Any:
     return value
 
 
-class Function:
+class Function(ABC):
     """Answer with a function, wherever it comes from; see the module for how it is called."""
 
     _given: ClassVar[str] = "an item"
@@ -103,9 +104,9 @@ class Function:
         self._function: Callable[..., Any] | None = None
         self._places = asyncio.Semaphore(spec.max_concurrency or 32)
 
+    @abstractmethod
     def _found(self) -> Callable[..., Any]:
         """Return the function; runs in a thread, as some imports take long."""
-        raise NotImplementedError
 
     def _arguments(self, request: Request) -> tuple[Any, ...]:
         """Return what the function gets to see of a request: its own, to keep or change."""

@@ -247,7 +247,6 @@ class Hosts:
         concurrency: int,
         most_runs: int,
         log_level: int,
-        start: Callable[[HostOptions, Callable[[ProcessHost], None]], ProcessHost] = ProcessHost,
     ) -> None:
         self.concurrency = _MOST_OPEN_SLICES  # those that rest hold nothing
         self._places = concurrency
@@ -257,7 +256,6 @@ class Hosts:
         self._worker_id = worker_id
         self._most_runs = most_runs
         self._log_level = log_level
-        self._start = start
         self._hosts: dict[int, ProcessHost] = {}
         self._starting: dict[int, asyncio.Task[ProcessHost | None]] = {}
         self._open: dict[int, int] = {}  # slices of each run that are open here
@@ -434,7 +432,7 @@ class Hosts:
             self._places,
             self._log_level,
         )
-        host = self._start(options, self._on_end)
+        host = ProcessHost(options, self._on_end)
         host.on_rest = self._update_room
         self._hosts[work.run_id] = host
         try:
