@@ -15,20 +15,23 @@ def seconds_of(lab: Any, run_id: int) -> float:
     return seconds
 
 
-def test_a_small_run_beside_a_huge_one_ends_nearly_as_soon_as_alone(lab: Any) -> None:
+def test_a_small_run_gets_half_of_the_places_beside_a_huge_one(lab: Any) -> None:
     lab.simulator("steady", latency_seconds=0.25)
     lab.instance("huge", cases=100, generator="steady", grader="steady", note_replications=100)
-    lab.instance("small", cases=20, generator="steady", grader="steady")
+    lab.instance("small", cases=60, generator="steady", grader="steady")
     group = lab.workers(concurrency=40)
-    alone = lab.start("small")
-    lab.wait_for_end(alone)
     huge = lab.start("huge")
     done = "select notes_succeeded + grades_succeeded from pgharness.runs where id = %s"
     lab.wait(lambda: lab.value(done, huge) > 400, "the huge run keeps the worker busy", group=group)
-    beside = lab.start("small")
-    lab.wait_for_end(beside)
+    small = lab.start("small")
+    lab.wait_for_end(small)
     assert lab.value(done, huge) < 20_000
-    assert seconds_of(lab, beside) < 2 * seconds_of(lab, alone), (seconds_of(lab, beside), seconds_of(lab, alone))
+    calls = "select count(*) from pgharness.calls where run_id = %s and started_at between"
+    window = " (select created_at from pgharness.runs where id = %s) and"
+    window += " (select max(started_at) from pgharness.calls where run_id = %s)"
+    own, others = (lab.value(calls + window, run_id, small, small) for run_id in (small, huge))
+    assert own == 60 + lab.value("select count(*) from pgharness.grades where run_id = %s", small) >= 120
+    assert others < 2 * own, "half of the places, so as many calls, and those made before its first place came free"
 
 
 def test_a_run_of_higher_priority_overtakes_what_a_worker_already_holds(lab: Any) -> None:
