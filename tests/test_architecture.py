@@ -25,7 +25,8 @@ ROWS = (
     {"queue"},
     {"sdk"},
     {"clinical_runner", "execution", "report"},
-    {"archiving", "datasets", "grading", "hooks", "importing", "metrics", "trace", "telemetry", "training", "redteam"},
+    {"archiving", "datasets", "grading", "hooks", "importing", "metrics", "redteam", "simulation", "telemetry", "trace"}
+    | {"training"},
     {"gateway", "prompts"},
     {"schema"},
     {"database", "embedded"},

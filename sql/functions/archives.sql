@@ -26,7 +26,8 @@ as $$
            (20, 'logged_calls',     '{id}',                                        't.run_id = $1', false),
            (21, 'artifacts',        '{id}',                                        't.run_id = $1', false),
            (22, 'progress_reports', '{run_id}',                                    't.run_id = $1', false),
-           (23, 'tellers',          '{teller}',                                    't.run_id = $1', false);
+           (23, 'tellers',          '{teller}',                                    't.run_id = $1', false),
+           (26, 'batches',          '{id}',                                        't.run_id = $1', false);
 $$;
 comment on function pgharness._archive_members() is
 'The tables in an archive, in the order in which their rows can come back: the key that orders a run''s rows, which rows are its own ($1 is the run), and whether they leave the database. Failures stay: they are few, say what failed, and make retry_failed() refuse. So does what a run of code told beside its results and its log.';
@@ -57,6 +58,9 @@ begin
     elsif run.archived_at is not null then
         raise exception 'run "%" is archived already, in %', run.name, (select a.file_name from archives as a where a.run_id = run.id)
             using errcode = 'PH003', hint = format('See where: select * from pgharness.archived_runs where run_id = %s;', run.id);
+    elsif exists (select from batches as b where b.run_id = run.id and b.finished_at is null) then
+        raise exception 'run "%" is %, and a vendor still has a batch of it', run.name, run.status
+            using errcode = 'PH003', hint = format('Wait until it is collected, which needs a worker: select * from pgharness.batches_progress where run_id = %s;', run.id);
     elsif _queue_exists() then
         if exists (select from procrastinate.procrastinate_jobs as j join workers as w on w.queue_worker_id = j.worker_id
                     where j.status = 'doing' and j.args ->> 'run_id' = run.id::text
@@ -68,7 +72,7 @@ begin
 end;
 $$;
 comment on function pgharness._check_archivable(pgharness.runs) is
-'Raise PH003 for a run that is not finished, is archived, or of which a worker alive has a job: it may still record calls.';
+'Raise PH003 for a run that is not finished, is archived, or of which a worker alive has a job or a vendor a batch: it may still record calls.';
 
 create or replace function pgharness.open_archive(run text) returns jsonb
     language plpgsql volatile security invoker set search_path = pgharness, pg_temp set timezone = 'UTC'

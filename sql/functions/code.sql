@@ -52,7 +52,7 @@ begin
     select * into v_version from experiment_versions as v where v.experiment_id = v_experiment.id and v.number = v_experiment.version;
     insert into run_definitions (run_id, definition, case_count, combination_count, transcript_overlaps, grade_stride)
     values (_freeze_code.run_id,
-            to_jsonb(v_instance) - '{id,project_id,experiment_id,created_at,budget_usd,note_system_prompt,note_prompt,grade_system_prompt,grade_prompt,'
+            to_jsonb(v_instance) - '{id,project_id,experiment_id,created_at,budget_usd,total_budget_usd,response_cache,note_system_prompt,note_prompt,grade_system_prompt,grade_prompt,'
                                    'note_replications,grade_replications,rubrics_per_case,cycle_times,cycle_transcript_overlaps,software_version}'::text[]
             || jsonb_build_object('code', jsonb_build_object('version', v_version.number, 'digest', v_version.digest, 'module', v_version.module, 'function', v_version.function),
                                   'timeout_seconds', v_experiment.timeout_seconds, 'memory_mb', v_experiment.memory_mb, 'log_mb', v_experiment.log_mb),
@@ -71,41 +71,52 @@ as $$
 $$;
 comment on function pgharness._plan_code(bigint) is 'Plan a run of code: one task, its function.';
 
+create or replace function pgharness._known_items(run_id bigint, parent bigint, map text, items jsonb) returns table (place bigint, key text, function text, argument jsonb)
+    -- planned anew each time: while the table is small all of its indexes seem alike
+    language sql stable security definer set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan
+as $$
+    -- "offset 0": one look at an index for each item, however many tasks the planner believes there are
+    select i.n, t.key, t.function, t.argument
+      from jsonb_array_elements(_known_items.items) with ordinality as i (item, n)
+     cross join lateral (
+           select t.key, t.function, t.argument from tasks as t
+            where t.run_id = _known_items.run_id and t.parent_ordinal = _known_items.parent and t.map = _known_items.map and t.key = i.item ->> 0 offset 0) as t;
+$$;
+comment on function pgharness._known_items(bigint, bigint, text, jsonb) is 'Those of some items of a map that are tasks already: by their place among the items, and as they are known.';
+
 create or replace function pgharness.add_tasks(run_id bigint, parent bigint, attempt integer, map text, function text, items text, retries integer default 0)
     returns bigint
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
     v_run   runs := _lock_run(add_tasks.run_id);
+    v_depth integer := (select t.depth + 1 from tasks as t where t.run_id = v_run.id and t.ordinal = add_tasks.parent and t.attempts = add_tasks.attempt and t.finished_at is null);
+    v_items jsonb := add_tasks.items;
+    v_known bigint[];
     v_clash text;
     v_new   bigint;
 begin
-    if v_run.status <> 'running' or not exists (
-        select from tasks as t where t.run_id = v_run.id and t.ordinal = add_tasks.parent and t.attempts = add_tasks.attempt and t.status = 'waiting') then
+    if v_run.status <> 'running' or v_depth is null then
         raise exception 'task % of run % is not running any more', add_tasks.parent, v_run.id
             using errcode = 'PH005', hint = 'It was cancelled, or begun anew elsewhere.';
     end if;
-    -- "offset 0": one look at an index for each item, however many tasks the planner believes there are
-    select known.key into v_clash
-      from jsonb_array_elements(add_tasks.items::jsonb) as i (item)
-     cross join lateral (
-           select t.key from tasks as t
-            where t.run_id = v_run.id and t.parent_ordinal = add_tasks.parent and t.map = add_tasks.map and t.key = i.item ->> 0
-              and (t.argument is distinct from i.item -> 1 or t.function <> add_tasks.function) offset 0) as known limit 1;
+    select array_agg(k.place), min(k.key) filter (where k.argument is distinct from v_items -> (k.place - 1)::integer -> 1 or k.function <> add_tasks.function)
+      into v_known, v_clash from _known_items(v_run.id, add_tasks.parent, add_tasks.map, v_items) as k;
     if v_clash is not null then
         raise exception 'map "%" has an item "%" already, and it is another one', add_tasks.map, v_clash
             using errcode = 'PH004', hint = 'Tell two maps of one function apart by name=..., and items by a key that is theirs alone.';
     end if;
-    insert into tasks (run_id, ordinal, parent_ordinal, map, key, function, argument, max_attempts)
-    select v_run.id, v_run.task_count + row_number() over (order by i.n) - 1, add_tasks.parent, add_tasks.map, i.item ->> 0, add_tasks.function, i.item -> 1, add_tasks.retries + 1
-      from jsonb_array_elements(add_tasks.items::jsonb) with ordinality as i (item, n)
-     where not exists (select from tasks as t where t.run_id = v_run.id and t.parent_ordinal = add_tasks.parent and t.map = add_tasks.map and t.key = i.item ->> 0 offset 0);
+    insert into tasks (run_id, ordinal, parent_ordinal, depth, map, key, function, argument, max_attempts)
+    select v_run.id, v_run.task_count + row_number() over (order by i.n) - 1, add_tasks.parent, v_depth, add_tasks.map, i.item ->> 0, add_tasks.function, i.item -> 1, add_tasks.retries + 1
+      from jsonb_array_elements(v_items) with ordinality as i (item, n)
+     where i.n not in (select unnest(v_known));
     get diagnostics v_new = row_count;
     if v_new > 0 then
         update runs as r set task_count = r.task_count + v_new where r.id = v_run.id;
-        -- a process does the tasks of a slice side by side, so small slices would only cost
+        -- a process does the tasks of a slice side by side, so small slices would only cost, as long as there is something for every worker
         perform _defer_range(v_run.id, 'task', v_run.task_count, v_run.task_count + v_new - 1,
-                             least(100, ceil(v_new / (select greatest(8.0, 4 * count(*)) from workers as w where w.status = 'running' and 'task' = any (w.queues))))::integer);
+                             least(100, ceil((v_run.task_count + v_new - v_run.tasks_succeeded - v_run.tasks_failed - v_depth)
+                                             / (select greatest(8.0, 4 * count(*)) from workers as w where w.status = 'running' and 'task' = any (w.queues))))::integer);
     end if;
     return v_new;
 end;
@@ -113,18 +124,19 @@ $$;
 comment on function pgharness.add_tasks(bigint, bigint, integer, text, text, text, integer) is
 'For workers: plan items of a map, an array of [key, argument], and queue them; those that are there already are left as they are. Returns how many are new. Raises PH004 (an item of that key is another one), PH005 (the task that maps is not running any more). Example: select pgharness.add_tasks(7, 0, 1, ''score'', ''my_module:score'', ''[["a", {"text": "A"}]]'');';
 
-create or replace function pgharness.map_state(run_id bigint, parent bigint, map text) returns table (is_done boolean, status text)
-    language sql stable security definer set search_path = pgharness, pg_temp
+create or replace function pgharness.map_state(run_id bigint, parents bigint[], maps text[]) returns table (status text, are_done boolean[])
+    language sql stable security definer set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan
 as $$
-    select not exists (select from tasks as t where t.run_id = map_state.run_id and t.parent_ordinal = map_state.parent and t.map = map_state.map and t.status = 'waiting'),
-           r.status
+    select r.status,
+           array(select not exists (select from tasks as t where t.run_id = r.id and t.parent_ordinal = m.parent and t.map = m.map and t.status = 'waiting' offset 0)
+                   from unnest(map_state.parents, map_state.maps) with ordinality as m (parent, map, place) order by m.place)
       from runs as r where r.id = map_state.run_id;
 $$;
-comment on function pgharness.map_state(bigint, bigint, text) is
-'For workers: whether all items of a map are decided, and the state of the run. Example: select * from pgharness.map_state(7, 0, ''score'');';
+comment on function pgharness.map_state(bigint, bigint[], text[]) is
+'For workers: the state of a run, and of some of its maps, each named by the task that maps and its name, whether all items are decided. Example: select * from pgharness.map_state(7, ''{0}'', ''{score}'');';
 
 create or replace function pgharness.map_results(run_id bigint, parent bigint, map text) returns table (key text, status text, result text, error text)
-    language sql stable security definer set search_path = pgharness, pg_temp
+    language sql stable security definer set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan
 as $$
     select t.key, t.status, t.result::text, t.error from tasks as t
      where t.run_id = map_results.run_id and t.parent_ordinal = map_results.parent and t.map = map_results.map and t.status <> 'waiting';
@@ -142,7 +154,7 @@ comment on function pgharness.load_code(bigint) is
 
 create or replace function pgharness.load_tasks(worker_id bigint, slice jsonb)
     returns table (ordinal bigint, parent_ordinal bigint, map text, key text, function text, argument text, attempt integer, crashes integer)
-    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp set enable_seqscan = off
 as $$
 declare
     v_run_id bigint := (slice ->> 'run_id')::bigint;
@@ -155,7 +167,8 @@ begin
     end if;
     insert into run_workers (run_id, worker_id) values (v_run_id, load_tasks.worker_id) on conflict do nothing;
     v_tasks := array(select _missing(v_run_id, 'task', _ordinals(slice)));
-    v_again := array(select t.ordinal from tasks as t where t.run_id = v_run_id and t.ordinal = any (v_tasks) and t.attempts > 0);
+    -- "offset 0": one look at an index for each task, however many the planner believed there were
+    v_again := array(select o from unnest(v_tasks) as o where exists (select from tasks as t where t.run_id = v_run_id and t.ordinal = o and t.attempts > 0 offset 0));
     if cardinality(v_again) > 0 then
         -- each tells everything anew; its log stays, to show what happened
         delete from results as x where x.run_id = v_run_id and x.task = any (v_again);
@@ -167,7 +180,8 @@ begin
     return query
     update tasks as t
        set attempts = t.attempts + 1, worker_id = load_tasks.worker_id, started_at = clock()
-     where t.run_id = v_run_id and t.ordinal = any (v_tasks)
+      from unnest(v_tasks) as o cross join lateral (select k.ctid from tasks as k where k.run_id = v_run_id and k.ordinal = o offset 0) as known
+     where t.ctid = known.ctid
     returning t.ordinal, t.parent_ordinal, t.map, t.key, t.function, t.argument::text, t.attempts, t.crashes;
 end;
 $$;
@@ -183,7 +197,7 @@ comment on function pgharness.start_version(bigint, bigint) is
 'For workers: say which version of its code a run is executed with. Idempotent. Example: select pgharness.start_version(7, 3);';
 
 create or replace function pgharness.record_tasks(worker_id bigint, run_id bigint, outcomes jsonb) returns table (status text, epoch integer)
-    language plpgsql volatile security definer set search_path = pgharness, pg_temp
+    language plpgsql volatile security definer set search_path = pgharness, pg_temp set enable_seqscan = off
 as $$
 declare
     v_run   runs := _lock_run(record_tasks.run_id);
@@ -201,8 +215,9 @@ begin
                    failures = t.failures + (o.status = 'failed')::integer, next_attempt_at = clock() + v_delay,
                    finished_at = case when o.status = 'succeeded' or o.is_final or t.failures + 1 >= t.max_attempts then clock() end
               from told as o
-             -- of a task that was begun anew since, the earlier try says nothing
-             where t.run_id = v_run.id and t.ordinal = o.ordinal and t.attempts = o.attempt and t.status = 'waiting'
+             -- of a task that was begun anew since, the earlier try says nothing; "offset 0" as in load_tasks()
+             cross join lateral (select k.ctid from tasks as k where k.run_id = v_run.id and k.ordinal = o.ordinal and k.attempts = o.attempt and k.finished_at is null offset 0) as known
+             where t.ctid = known.ctid
             returning t.ordinal, t.status
         )
         select count(*) filter (where e.status = 'succeeded') as succeeded, count(*) filter (where e.status = 'failed') as failed,
@@ -286,7 +301,7 @@ begin
     for v_run in
         select r.id, r.timeout_seconds as seconds
           from runs as r
-          join tasks as t on t.run_id = r.id and t.ordinal = 0
+         cross join lateral (select t.started_at from tasks as t where t.run_id = r.id and t.ordinal = 0 offset 0) as t
          where r.status = 'running' and r.finished_at is null and r.task_count > 0
            -- since its function was begun: to wait for a worker takes no time of its own
            and extract(epoch from clock() - greatest(t.started_at, r.activated_at)) > r.timeout_seconds and t.started_at is not null
@@ -337,6 +352,8 @@ begin
     end if;
     if record_told.rows <> '[]' then
         v_cost := _record_rows(record_told.worker_id, v_run.id, record_told.rows);
+        perform _count_hits(array(select (o.value -> 'call' ->> 'response_key')::bytea from jsonb_array_elements(record_told.rows) as o (value)
+                                   where o.value -> 'call' ->> 'outcome' = 'cached'));
     end if;
     if v_bytes > 0 or v_cost > 0 then
         update runs as r set log_bytes = r.log_bytes + v_bytes, task_cost_usd = r.task_cost_usd + v_cost where r.id = v_run.id returning r.* into v_run;
@@ -344,6 +361,7 @@ begin
             perform fail_run(v_run.id, format('it logged more than its %s MB', v_limit / 1000000));
         elsif v_cost > 0 then
             perform _settle_run(v_run.id);
+            perform _spend(array[v_run.id], array[_cost_usd(v_run) - v_cost]);
         end if;
     end if;
     perform pg_notify('pgharness', jsonb_build_object('event', 'run.told', 'run_id', v_run.id, 'run', left(v_run.name, 500), 'at', clock())::text);
@@ -363,7 +381,7 @@ as $$
                    kind text, task bigint, attempt integer, created_at timestamptz, key text, value jsonb, name text, number double precision, metric_type text, step bigint,
                    data jsonb, operation text, duration_ms double precision, model text, input jsonb, output jsonb, error text, position double precision, total double precision,
                    message text)
-          join tasks as t on t.run_id = _record_rows.run_id and t.ordinal = o.task and t.attempts = o.attempt and t.status = 'waiting'
+         where exists (select from tasks as t where t.run_id = _record_rows.run_id and t.ordinal = o.task and t.attempts = o.attempt and t.finished_at is null offset 0)
     ), result as (
         insert into results (run_id, key, value, task, attempt, created_at)
         select _record_rows.run_id, o.key, coalesce(o.value, 'null'), o.task, o.attempt, o.created_at from told as o where o.kind = 'result' order by o.place
@@ -385,14 +403,17 @@ as $$
     ), called as (
         -- a call that was made is paid for, whoever goes on with its task
         insert into calls (run_id, kind, ordinal, attempt, model_id, worker_id, outcome, error, answer, http_status, finish_reason, request_id, answered_by,
-                           input_tokens, output_tokens, cached_tokens, cost_usd, latency_ms, started_at)
+                           input_tokens, output_tokens, cached_tokens, cost_usd, latency_ms, started_at, parent_started_at, is_estimated, composition,
+                           response_key, saved_usd)
         select _record_rows.run_id, 'task', (o.value ->> 'task')::bigint, (o.value ->> 'attempt')::integer, c.model_id, _record_rows.worker_id, c.outcome, c.error, c.answer,
                c.http_status, c.finish_reason, c.request_id, c.answered_by, coalesce(c.input_tokens, 0), coalesce(c.output_tokens, 0), coalesce(c.cached_tokens, 0),
-               coalesce(c.cost_usd, 0), c.latency_ms, c.started_at
+               coalesce(c.cost_usd, 0), c.latency_ms, c.started_at, c.parent_started_at, coalesce(c.is_estimated, false), coalesce(c.composition, '{}'),
+               c.response_key, coalesce(c.saved_usd, 0)
           from jsonb_array_elements(rows) as o (value)
          cross join lateral jsonb_to_record(o.value -> 'call') as c (
                model_id bigint, outcome text, error text, answer text, http_status integer, finish_reason text, request_id text, answered_by text,
-               input_tokens integer, output_tokens integer, cached_tokens integer, cost_usd numeric, latency_ms double precision, started_at timestamptz)
+               input_tokens integer, output_tokens integer, cached_tokens integer, cost_usd numeric, latency_ms double precision, started_at timestamptz,
+               parent_started_at timestamptz, is_estimated boolean, composition jsonb, response_key bytea, saved_usd numeric)
          where o.value ->> 'kind' = 'call'
         on conflict on constraint calls_run_id_kind_ordinal_attempt_started_at_key do nothing
         returning cost_usd
@@ -547,7 +568,7 @@ begin
     update runs as r
        set tasks_failed = 0, tasks_succeeded = (select count(*) from tasks as t where t.run_id = r.id and t.status = 'succeeded') where r.id = (run).id;
     if (run).status = 'running' then                    -- what is in flight goes on
-        perform _defer_list((run).id, 'task', v_failed, 20);
+        perform _defer_tasks((run).id, v_failed);
     elsif (run).status <> 'paused' then
         perform _set_status((run).id, 'running', null);
         perform _requeue((run).id);

@@ -174,7 +174,7 @@ begin
     end if;
     insert into run_definitions (run_id, definition, case_count, combination_count, transcript_overlaps, grade_stride)
     select _import_definition.run_id,
-           to_jsonb(instance) - '{id,project_id,experiment_id,created_at,budget_usd,note_system_prompt,note_prompt,grade_system_prompt,grade_prompt}'::text[]
+           to_jsonb(instance) - '{id,project_id,experiment_id,created_at,budget_usd,total_budget_usd,note_system_prompt,note_prompt,grade_system_prompt,grade_prompt}'::text[]
            || jsonb_build_object('prompts', '{}'::jsonb) || run
               - '{instance,key,created_at,finished_at,cases,combinations,rubrics,overlaps}'::text[],
            jsonb_array_length(run -> 'cases'), count(*), array(select o::integer from jsonb_array_elements_text(run -> 'overlaps') as o),

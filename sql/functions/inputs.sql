@@ -409,6 +409,14 @@ begin
         perform _check_metric(m.model, m.parameters || new.grader_parameters) from models as m
           where m.id = new.grader_id and m.provider = 'metric';
     end if;
+    perform _check_composite_parameters(format('generator_parameters of combination with "%s"', m.name), m.provider, m.parameters || new.generator_parameters)
+       from models as m where m.id = new.generator_id and m.provider in ('ensemble', 'hedge');
+    perform _check_composite_parameters(format('grader_parameters of combination with "%s"', m.name), m.provider, m.parameters || new.grader_parameters)
+       from models as m where m.id = new.grader_id and m.provider in ('ensemble', 'hedge');
+    if new.generator_parameters ? 'members' or new.grader_parameters ? 'members' then
+        raise exception 'a combination cannot exchange the members of a composite'
+            using errcode = 'PH002', hint = 'Insert another composite: insert into pgharness.models (name, provider, parameters) values (''...'', ''ensemble'', ''{"members": [...]}'');';
+    end if;
     perform _refuse_secrets(format('generator_parameters of combination "%s"', new.name), new.generator_parameters);
     perform _refuse_secrets(format('grader_parameters of combination "%s"', new.name), new.grader_parameters);
     new.name := coalesce(new.name, case when new.grader is null then new.generator else new.generator || ' -> ' || new.grader end);
@@ -422,7 +430,7 @@ create or replace function pgharness._check_models() returns trigger
     language plpgsql volatile security invoker set search_path = pgharness, pg_temp
 as $$
 begin
-    if new.api_key_env !~ '^[A-Z][A-Z0-9_]*_(KEY|TOKEN)$' then
+    if new.api_key_env !~ '^[A-Z][A-Z0-9_]*_(KEY|TOKEN)(_[0-9]+)?( *, *[A-Z][A-Z0-9_]*_(KEY|TOKEN)(_[0-9]+)?)*$' then
         -- before the table's own check, whose message would show the row: somebody may have pasted a key
         raise exception 'api_key_env of model "%" is not the name of an environment variable that ends in _KEY or _TOKEN', new.name
             using errcode = 'PH002', hint = 'Name the variable that holds the key on the workers, for example OPENAI_API_KEY; the key itself is never stored.';
@@ -444,6 +452,8 @@ begin
     elsif new.provider = 'command' and jsonb_path_exists(new.parameters, 'strict $.command ? (@.type() == "array" && @.size() > 0)', silent => true) is not true then
         raise exception 'model "%": parameters.command is missing', new.name
             using errcode = 'PH002', hint = 'Give the program as an array: {"command": ["python", "generate.py"], "repository": "..."}.';
+    elsif new.provider in ('ensemble', 'hedge') then
+        perform _check_composite(new);
     end if;
     return new;
 end;

@@ -41,11 +41,12 @@ begin
             using errcode = 'PH004', hint = 'Choose another name for the copy.';
     end if;
     insert into instances (name, description, project_id, experiment_id, config, note_replications, grade_replications, rubrics_per_case, cycle_times, cycle_transcript_overlaps,
-                           software_version, seed, max_attempts, retry_delay_seconds, failure_threshold, budget_usd, note_system_prompt, note_prompt, grade_system_prompt, grade_prompt)
+                           software_version, seed, max_attempts, retry_delay_seconds, failure_threshold, budget_usd, batch_deadline_seconds, response_cache, note_system_prompt, note_prompt, grade_system_prompt,
+                           grade_prompt)
     values (clone_instance.name, coalesce(clone_instance.description, v_source.description), v_source.project_id, v_source.experiment_id,
             coalesce(clone_instance.config, v_source.config), v_source.note_replications, v_source.grade_replications, v_source.rubrics_per_case, v_source.cycle_times,
             v_source.cycle_transcript_overlaps, v_source.software_version, v_source.seed, v_source.max_attempts, v_source.retry_delay_seconds, v_source.failure_threshold,
-            v_source.budget_usd, v_source.note_system_prompt, v_source.note_prompt, v_source.grade_system_prompt, v_source.grade_prompt)
+            v_source.budget_usd, v_source.batch_deadline_seconds, v_source.response_cache, v_source.note_system_prompt, v_source.note_prompt, v_source.grade_system_prompt, v_source.grade_prompt)
     returning * into v_instance;
     insert into instance_cases (instance_id, instance, case_id, case_name)
     select v_instance.id, v_instance.name, ic.case_id, ic.case_name from instance_cases as ic where ic.instance_id = v_source.id order by ic.case_id;
@@ -88,3 +89,19 @@ as $$
 $$;
 comment on function pgharness.read_log(bigint, bigint, text, integer) is
 'A page of a run''s log: lines of a level or above that come after the one with a given id, oldest first. A line may appear below one that was read, when it was written at the same time by another process. Example: select created_at, level, message from pgharness.read_log(7, after => 1200, lowest => ''info'');';
+
+create or replace function pgharness.record_result(run_id bigint, key text, value jsonb) returns bigint
+    language sql volatile security definer set search_path = pgharness, pg_temp
+as $$
+    insert into results (run_id, key, value) values (record_result.run_id, record_result.key, record_result.value) returning id;
+$$;
+comment on function pgharness.record_result(bigint, text, jsonb) is
+'Add a result to a run under a key; the newest of a key counts. Returns its id. Example: select pgharness.record_result(7, ''conclusion'', ''"B is better"'');';
+
+create or replace function pgharness.log(run_id bigint, message text, level text default 'info', data jsonb default '{}') returns bigint
+    language sql volatile security definer set search_path = pgharness, pg_temp
+as $$
+    insert into logs (run_id, level, message, data) values (log.run_id, log.level, log.message, log.data) returning id;
+$$;
+comment on function pgharness.log(bigint, text, text, jsonb) is
+'Add a line to the log of a run, or of the harness when run_id is null. Returns its id. Example: select pgharness.log(7, ''doubled the workers'');';

@@ -15,14 +15,19 @@ declare
     v_queued     bigint[];
     v_grades     bigint[];
     v_failed     failures[];
+    v_hits       bytea[] := '{}';
+    v_runs       bigint[] := '{}';
+    v_before     numeric[] := '{}';
 begin
     -- one writer a run at a time: the counters, the state and the rows then always agree
     for v_run in select r.* from runs as r where r.id in (select o.run_id from unnest(v_outcomes) as o) order by r.id for no key update loop
         select * into strict v_definition from run_definitions as d where d.run_id = v_run.id;
-        v_mine := array(select o from unnest(v_outcomes) as o where o.run_id = v_run.id);
+        v_mine := _leave_batches(array(select o from unnest(v_outcomes) as o where o.run_id = v_run.id));
         v_notes := '{}';
         v_queued := '{}';
-        perform _record_calls(record_outcomes.worker_id, v_run.id, v_mine);
+        v_runs := v_runs || v_run.id;
+        v_before := v_before || _cost_usd(v_run);
+        v_hits := v_hits || _record_calls(record_outcomes.worker_id, v_run.id, v_mine);
         -- a call that was aborted killed nobody
         update failures as f set crashes = f.crashes - 1
           from unnest(v_mine) as o where o.result = 'cancelled' and f.run_id = o.run_id and f.kind = o.kind and f.ordinal = o.ordinal and f.crashes > 0;
@@ -32,7 +37,7 @@ begin
             v_failed := _record_failures(v_definition, v_mine);
             delete from failures as f where f.run_id = v_run.id and f.kind = 'note' and f.ordinal = any (v_notes);
             delete from failures as f where f.run_id = v_run.id and f.kind = 'grade' and f.ordinal = any (v_grades);
-            if not v_keeps then
+            if not v_keeps or v_run.batch_deadline_seconds is not null then
                 v_queued := v_notes;
             elsif exists (select from unnest(v_mine) as o where o.epoch < v_run.epoch and o.result = 'succeeded') then
                 -- made for a slice that nobody waits for any more: whoever is handed the note's new slice finds it done, and its grades not his
@@ -40,13 +45,18 @@ begin
             end if;
             perform _advance_run(v_run.id, v_definition, v_notes, v_queued, v_grades, v_failed);
         end if;
-        return query select r.id, r.status, r.epoch, r.priority, case when v_keeps then array(select n from unnest(v_notes) as n except select n from unnest(v_queued) as n) end
+        return query select r.id, r.status, r.epoch, r.priority, case when v_keeps and v_run.batch_deadline_seconds is null then array(select n from unnest(v_notes) as n except select n from unnest(v_queued) as n) end
           from runs as r where r.id = v_run.id;
     end loop;
+    -- after the runs, in the order of their keys, lest two groups wait for each other
+    perform _spend(v_runs, v_before);
+    perform _keep_responses((select jsonb_agg(c || jsonb_build_object('run_id', o.run_id)) from unnest(v_outcomes) as o cross join lateral jsonb_array_elements(o.calls) as c
+                              where c ? 'response'));
+    perform _count_hits(v_hits);
 end;
 $$;
 comment on function pgharness.record_outcomes(bigint, jsonb, boolean) is
-'For workers: record how tries ended (an array of objects shaped like type outcome): notes, grades, failures and calls are stored, the grades of new notes and the next tries are queued, the runs'' counters move and runs that are done end, in this transaction. An item recorded before is left as it is; outcomes for a finished run keep only their calls. A worker that keeps the grades of its notes is told of which notes (kept_notes) it has to make them: these are not queued. Null says that they were queued, because there are workers for grades alone. Answers the state of each run. Example: select * from pgharness.record_outcomes(1, ''[]'');';
+'For workers: record how tries ended (an array of objects shaped like type outcome): notes, grades, failures and calls are stored, the grades of new notes and the next tries are queued, the runs'' counters move and runs that are done end, in this transaction. An item recorded before is left as it is; outcomes for a finished run keep only their calls. A worker that keeps the grades of its notes is told of which notes (kept_notes) it has to make them: these are not queued. Null says that they were queued, because there are workers for grades alone, or the run asks in batches. Answers the state of each run. Example: select * from pgharness.record_outcomes(1, ''[]'');';
 
 create or replace function pgharness._record_notes(run pgharness.runs, definition pgharness.run_definitions, outcomes pgharness.outcome[]) returns bigint[]
     language sql volatile security definer set search_path = pgharness, pg_temp
@@ -171,31 +181,37 @@ $$;
 comment on function pgharness._retry_delay(double precision, double precision) is
 'Seconds until the next try: what the server asked for (at most a day), else the backoff (at most 5 minutes), with jitter.';
 
-create or replace function pgharness._record_calls(worker_id bigint, run_id bigint, outcomes pgharness.outcome[]) returns void
+drop function if exists pgharness._record_calls(bigint, bigint, pgharness.outcome[]);
+create or replace function pgharness._record_calls(worker_id bigint, run_id bigint, outcomes pgharness.outcome[]) returns bytea[]
     language sql volatile security definer set search_path = pgharness, pg_temp
 as $$
     with recorded as (
         insert into calls (run_id, kind, ordinal, attempt, model_id, worker_id, outcome, error, answer, http_status, finish_reason, request_id, answered_by,
-                           input_tokens, output_tokens, cached_tokens, cost_usd, latency_ms, started_at)
+                           input_tokens, output_tokens, cached_tokens, cost_usd, latency_ms, started_at, parent_started_at, is_estimated, composition, batch_id,
+                           response_key, saved_usd)
         select o.run_id, o.kind, o.ordinal, o.attempt, c.model_id, _record_calls.worker_id, c.outcome, c.error, c.answer, c.http_status,
                c.finish_reason, c.request_id, c.answered_by, coalesce(c.input_tokens, 0), coalesce(c.output_tokens, 0), coalesce(c.cached_tokens, 0),
-               coalesce(c.cost_usd, 0), c.latency_ms, c.started_at
+               coalesce(c.cost_usd, 0), c.latency_ms, c.started_at, c.parent_started_at, coalesce(c.is_estimated, false), coalesce(c.composition, '{}'), o.batch_id,
+               c.response_key, coalesce(c.saved_usd, 0)
           from unnest(outcomes) as o
          cross join lateral jsonb_to_recordset(o.calls) as c (
                model_id bigint, outcome text, error text, answer text, http_status integer, finish_reason text, request_id text, answered_by text,
-               input_tokens integer, output_tokens integer, cached_tokens integer, cost_usd numeric, latency_ms double precision, started_at timestamptz)
+               input_tokens integer, output_tokens integer, cached_tokens integer, cost_usd numeric, latency_ms double precision, started_at timestamptz,
+               parent_started_at timestamptz, is_estimated boolean, composition jsonb, response_key bytea, saved_usd numeric)
         on conflict on constraint calls_run_id_kind_ordinal_attempt_started_at_key do nothing
-        returning kind, cost_usd
+        returning kind, cost_usd, outcome, response_key
     ), spent as (
         select coalesce(sum(c.cost_usd) filter (where c.kind = 'note'), 0) as note, coalesce(sum(c.cost_usd) filter (where c.kind = 'grade'), 0) as grade
           from recorded as c
+    ), paid as (
+        update runs as r
+           set note_cost_usd = r.note_cost_usd + spent.note, grade_cost_usd = r.grade_cost_usd + spent.grade
+          from spent where r.id = _record_calls.run_id and spent.note + spent.grade > 0
     )
-    update runs as r
-       set note_cost_usd = r.note_cost_usd + spent.note, grade_cost_usd = r.grade_cost_usd + spent.grade
-      from spent where r.id = _record_calls.run_id and spent.note + spent.grade > 0;
+    select coalesce(array_agg(c.response_key), '{}') from recorded as c where c.outcome = 'cached';
 $$;
 comment on function pgharness._record_calls(bigint, bigint, pgharness.outcome[]) is
-'Store every call of a run''s outcomes, whatever became of its item, and add its cost to the run.';
+'Store every call of a run''s outcomes, whatever became of its item, and add its cost to the run; returns the entries of the response cache that answered them.';
 
 create or replace function pgharness._advance_run(
     run_id bigint, definition pgharness.run_definitions, notes bigint[], queued bigint[], grades bigint[], failed pgharness.failures[]

@@ -23,16 +23,18 @@ begin
         new.instance_id := _instance_id(new.instance);
     end if;
     -- the lock makes two starts of one instance take two different default names
-    select i.name, coalesce(new.budget_usd, i.budget_usd),
+    select i.name, coalesce(new.budget_usd, i.budget_usd), nullif(coalesce(new.batch_deadline_seconds, i.batch_deadline_seconds), 0), coalesce(new.response_cache, i.response_cache),
            coalesce((select d.definition ->> 'failure_threshold' from run_definitions as d where d.run_id = new.rerun_of_id)::double precision, i.failure_threshold)
-      into new.instance, new.budget_usd, new.failure_threshold
+      into new.instance, new.budget_usd, new.batch_deadline_seconds, new.response_cache, new.failure_threshold
       from instances as i where i.id = new.instance_id for no key update;
     perform _check_id('instance', new.instance_id, new.instance);
+    new.batch_deadline_seconds := case when new.response_cache <> 'replay' then new.batch_deadline_seconds end;  -- it asks nobody
     if new.name is null then
         -- among all runs: another instance may have had this name before
         select new.instance || '/' || coalesce(max(substring(r.name from '/(\d{1,9})$')::integer), 0) + 1 into new.name
           from runs as r where r.name like replace(replace(new.instance, '\', '\\'), '_', '\_') || '/%';
     end if;
+    perform _refuse_spent(new);
     new.status := 'running';
     new.activated_at := clock();
     return new;
@@ -110,7 +112,7 @@ begin
     end if;
     insert into run_definitions (run_id, definition, case_count, combination_count, transcript_overlaps, grade_stride)
     select _freeze_instance.run_id,
-           to_jsonb(v_instance) - '{id,project_id,experiment_id,created_at,budget_usd,note_system_prompt,note_prompt,grade_system_prompt,grade_prompt}'::text[]
+           to_jsonb(v_instance) - '{id,project_id,experiment_id,created_at,budget_usd,total_budget_usd,batch_deadline_seconds,response_cache,note_system_prompt,note_prompt,grade_system_prompt,grade_prompt}'::text[]
            || jsonb_build_object(
                'prompts', jsonb_build_object(
                    'note_system', coalesce(v_instance.note_system_prompt, v_experiment.note_system_prompt),
@@ -173,11 +175,14 @@ comment on function pgharness._freeze_rubrics(bigint, text, integer) is
 create or replace function pgharness._frozen_model(model pgharness.models, parameters jsonb, is_reasoning boolean) returns jsonb
     language sql stable security invoker set search_path = pgharness, pg_temp
 as $$
-    select to_jsonb(model) - '{description,created_at}'::text[]
+    select to_jsonb(_priced(model)) - '{description,created_at}'::text[]
            || jsonb_build_object('parameters', (model).parameters || _frozen_model.parameters,
-                                 'is_reasoning', coalesce(_frozen_model.is_reasoning, (model).is_reasoning));
+                                 'is_reasoning', coalesce(_frozen_model.is_reasoning, (model).is_reasoning))
+           || case when (model).provider in ('ensemble', 'hedge') then jsonb_build_object('members', (
+                  select jsonb_agg(_frozen_model(m, '{}', null) order by named.number)
+                    from _member_names((model).parameters || _frozen_model.parameters) as named join models as m on m.name = named.name)) else '{}' end;
 $$;
-comment on function pgharness._frozen_model(pgharness.models, jsonb, boolean) is 'A model as a run keeps it: with the combination''s parameters laid over its own.';
+comment on function pgharness._frozen_model(pgharness.models, jsonb, boolean) is 'A model as a run keeps it: with the prices of now, with the combination''s parameters laid over its own, and the members of a composite with it.';
 
 create or replace function pgharness._copy_definition(from_run_id bigint, to_run_id bigint) returns void
     language sql volatile security definer set search_path = pgharness, pg_temp
@@ -265,19 +270,13 @@ begin
      where r.id = _set_status.run_id;
     if _set_status.status <> 'running' then
         perform _drop_jobs(_set_status.run_id);
+        update batches as b set due_at = clock() where b.run_id = _set_status.run_id and b.finished_at is null;
     end if;
 end;
 $$;
 comment on function pgharness._set_status(bigint, text, text) is 'Move a run to a state, keeping its clock, and drop its waiting jobs unless it runs.';
 
-create or replace function pgharness._pause_at_budget(run pgharness.runs) returns void
-    language sql volatile security definer set search_path = pgharness, pg_temp
-as $$
-    select _set_status((run).id, 'paused', format('the budget of %s USD is spent (%s USD); continue with: select pgharness.resume_run(%s, budget_usd => %s);',
-                                                  trim_scale((run).budget_usd), round(_cost_usd(run), 4), (run).id, trim_scale((run).budget_usd * 2)));
-$$;
-comment on function pgharness._pause_at_budget(pgharness.runs) is 'Pause a run that has spent its budget, saying how to go on.';
-
+drop function if exists pgharness._pause_at_budget(pgharness.runs);
 create or replace function pgharness._settle_run(run_id bigint) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
@@ -291,8 +290,8 @@ begin
     end if;
     v_failed := v_run.notes_failed + v_run.grades_failed + v_run.grades_skipped;
     if v_run.task_count > 0 then                        -- code ends when its function does
-        if v_run.status = 'running' and v_run.task_cost_usd >= v_run.budget_usd then
-            perform _pause_at_budget(v_run);
+        if v_run.status = 'running' then
+            perform _pause_if_spent(v_run);
         end if;
     elsif v_failed > v_run.failure_threshold * (v_run.note_count + v_run.grade_count) then
         perform _set_status(v_run.id, 'failed', format('%s notes and %s grades failed (%s grades of failed notes are skipped), more than %s%% of %s',
@@ -302,7 +301,7 @@ begin
       and v_run.grades_succeeded + v_run.grades_failed + v_run.grades_skipped = v_run.grade_count then
         perform _set_status(v_run.id, 'completed', null);
     elsif v_run.status = 'running' and _cost_usd(v_run) >= v_run.budget_usd then
-        perform _pause_at_budget(v_run);
+        perform _pause_if_spent(v_run);
     end if;
 end;
 $$;
@@ -325,9 +324,11 @@ end;
 $$;
 comment on function pgharness._lock_run(bigint) is 'Lock a run''s row, so that its state changes one transaction at a time. Raises PH001.';
 
+drop function if exists pgharness.start_run(text, text, text, double precision, integer, text, integer), pgharness.rerun(bigint, text, text), pgharness.rerun(text, text, text);
 create or replace function pgharness.start_run(
     instance text, kind text default 'trial', idempotency_key text default null, budget_usd double precision default null,
-    priority integer default 0, name text default null, max_concurrency integer default null
+    priority integer default 0, name text default null, max_concurrency integer default null, batch_deadline_seconds double precision default null,
+    response_cache text default null
 ) returns pgharness.run_receipt
     language plpgsql volatile security invoker set search_path = pgharness, pg_temp
 as $$
@@ -348,17 +349,17 @@ begin
             return _receipt(v_run.id);
         end if;
     end if;
-    insert into runs (instance_id, instance, kind, idempotency_key, budget_usd, priority, name, max_concurrency)
+    insert into runs (instance_id, instance, kind, idempotency_key, budget_usd, priority, name, max_concurrency, batch_deadline_seconds, response_cache)
     values (v_instance_id, start_run.instance, start_run.kind, start_run.idempotency_key, start_run.budget_usd, start_run.priority, start_run.name,
-            start_run.max_concurrency)
+            start_run.max_concurrency, start_run.batch_deadline_seconds, start_run.response_cache)
     returning id into v_id;
     return _receipt(v_id);
 end;
 $$;
-comment on function pgharness.start_run(text, text, text, double precision, integer, text, integer) is
-'Start a run of an instance: freeze what it uses and queue its work, in this transaction. With an idempotency key a second call returns the first run. Raises PH001, PH003 (nothing to run), PH004 (key used for something else). Example: select run_id from pgharness.start_run(''triage-v2'', kind => ''milestone'');';
+comment on function pgharness.start_run(text, text, text, double precision, integer, text, integer, double precision, text) is
+'Start a run of an instance: freeze what it uses and queue its work, in this transaction. A batch_deadline_seconds takes the place of the instance''s (0 asks live), and so does a response_cache (off, read, write, replay). With an idempotency key a second call returns the first run. Raises PH001, PH003 (nothing to run), PH004 (key used for something else). Example: select run_id from pgharness.start_run(''triage-v2'', kind => ''milestone'');';
 
-create or replace function pgharness.rerun(run_id bigint, kind text default null, idempotency_key text default null) returns pgharness.run_receipt
+create or replace function pgharness.rerun(run_id bigint, kind text default null, idempotency_key text default null, response_cache text default null) returns pgharness.run_receipt
     language plpgsql volatile security invoker set search_path = pgharness, pg_temp
 as $$
 declare
@@ -379,15 +380,15 @@ begin
             return _receipt(v_other.id);
         end if;
     end if;
-    insert into runs (instance_id, instance, kind, idempotency_key, budget_usd, priority, max_concurrency, rerun_of_id)
+    insert into runs (instance_id, instance, kind, idempotency_key, budget_usd, priority, max_concurrency, batch_deadline_seconds, response_cache, rerun_of_id)
     values (v_run.instance_id, v_run.instance, coalesce(rerun.kind, v_run.kind), rerun.idempotency_key, v_run.budget_usd, v_run.priority,
-            v_run.max_concurrency, v_run.id)
+            v_run.max_concurrency, coalesce(v_run.batch_deadline_seconds, 0), coalesce(rerun.response_cache, v_run.response_cache), v_run.id)
     returning id into v_id;
     return _receipt(v_id);
 end;
 $$;
-comment on function pgharness.rerun(bigint, text, text) is
-'Start a new run with the frozen definition of an earlier one: same cases, rubrics, models, prompts and seed, whatever the instance says now. With an idempotency key a second call returns the first rerun. Raises PH001, PH004 (key used for something else). Example: select run_id from pgharness.rerun(7);';
+comment on function pgharness.rerun(bigint, text, text, text) is
+'Start a new run with the frozen definition of an earlier one: same cases, rubrics, models, prompts and seed, whatever the instance says now. With response_cache => ''replay'' a run that kept its answers is made again without a call. With an idempotency key a second call returns the first rerun. Raises PH001, PH004 (key used for something else). Example: select run_id from pgharness.rerun(7);';
 
 create or replace function pgharness.pause_run(run_id bigint, reason text default 'paused by hand') returns pgharness.run_receipt
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -426,11 +427,9 @@ begin
       and v_run.notes_failed + v_run.grades_failed + v_run.grades_skipped > v_threshold * (v_run.note_count + v_run.grade_count) then
         raise exception 'run % is already failed: more of its notes and grades failed than % percent of the plan', v_run.id, round((v_threshold * 100)::numeric, 2)
             using errcode = 'PH003', hint = format('Try them again: select pgharness.retry_failed(%s); or go on without them: select pgharness.resume_run(%s, failure_threshold => 1);', v_run.id, v_run.id);
-    elsif v_budget <= _cost_usd(v_run) then
-        raise exception 'run % has spent % USD of its budget of % USD', v_run.id, round(_cost_usd(v_run), 4), trim_scale(v_budget)
-            using errcode = 'PH006', hint = format('Raise it: select pgharness.resume_run(%s, budget_usd => %s);', v_run.id,
-                                                   trim_scale(round((_cost_usd(v_run)) * 2, 2) + 1));
     end if;
+    v_run.budget_usd := v_budget;
+    perform _refuse_spent(v_run);
     update runs as r set budget_usd = v_budget, failure_threshold = v_threshold where r.id = v_run.id;
     if v_run.status <> 'running' then
         perform _set_status(v_run.id, 'running', null);
@@ -440,7 +439,7 @@ begin
 end;
 $$;
 comment on function pgharness.resume_run(bigint, double precision, double precision) is
-'Continue a paused, cancelled or failed run with what it has not done yet, optionally with another budget or failure threshold. Calls that are still in flight from before may be made twice; their outcome counts once. Idempotent. Raises PH001, PH003 (it is completed, or too much of it failed), PH006 (the budget is still spent). Example: select pgharness.resume_run(7, budget_usd => 20);';
+'Continue a paused, cancelled or failed run with what it has not done yet, optionally with another budget or failure threshold. Calls that are still in flight from before may be made twice; their outcome counts once. Idempotent. Raises PH001, PH003 (it is completed, or too much of it failed), PH006 (a budget of the run, its instance or its project is still spent). Example: select pgharness.resume_run(7, budget_usd => 20);';
 
 create or replace function pgharness.adjust_run(run_id bigint, priority integer default null, max_concurrency integer default null)
     returns pgharness.run_receipt
@@ -544,10 +543,10 @@ comment on function pgharness.requeue_run(bigint) is
 'Queue everything that a running run has not done yet, from its own rows alone: the remedy when the queue was lost. Idempotent. Raises PH001, PH003. Example: select pgharness.requeue_run(7);';
 
 -- A run may be named as well as numbered.
-create or replace function pgharness.rerun(run text, kind text default null, idempotency_key text default null) returns pgharness.run_receipt
+create or replace function pgharness.rerun(run text, kind text default null, idempotency_key text default null, response_cache text default null) returns pgharness.run_receipt
     language sql volatile security invoker set search_path = pgharness, pg_temp
-as $$ select rerun(_run_id(rerun.run), rerun.kind, rerun.idempotency_key); $$;
-comment on function pgharness.rerun(text, text, text) is 'rerun() of a run given by name. Example: select run_id from pgharness.rerun(''triage-v2/1'');';
+as $$ select rerun(_run_id(rerun.run), rerun.kind, rerun.idempotency_key, rerun.response_cache); $$;
+comment on function pgharness.rerun(text, text, text, text) is 'rerun() of a run given by name. Example: select run_id from pgharness.rerun(''triage-v2/1'');';
 
 create or replace function pgharness.pause_run(run text, reason text default 'paused by hand') returns pgharness.run_receipt
     language sql volatile security invoker set search_path = pgharness, pg_temp
@@ -579,19 +578,3 @@ create or replace function pgharness.requeue_run(run text) returns pgharness.run
     language sql volatile security invoker set search_path = pgharness, pg_temp
 as $$ select requeue_run(_run_id(requeue_run.run)); $$;
 comment on function pgharness.requeue_run(text) is 'requeue_run() of a run given by name. Example: select pgharness.requeue_run(''triage-v2/1'');';
-
-create or replace function pgharness.record_result(run_id bigint, key text, value jsonb) returns bigint
-    language sql volatile security definer set search_path = pgharness, pg_temp
-as $$
-    insert into results (run_id, key, value) values (record_result.run_id, record_result.key, record_result.value) returning id;
-$$;
-comment on function pgharness.record_result(bigint, text, jsonb) is
-'Add a result to a run under a key; the newest of a key counts. Returns its id. Example: select pgharness.record_result(7, ''conclusion'', ''"B is better"'');';
-
-create or replace function pgharness.log(run_id bigint, message text, level text default 'info', data jsonb default '{}') returns bigint
-    language sql volatile security definer set search_path = pgharness, pg_temp
-as $$
-    insert into logs (run_id, level, message, data) values (log.run_id, log.level, log.message, log.data) returning id;
-$$;
-comment on function pgharness.log(bigint, text, text, jsonb) is
-'Add a line to the log of a run, or of the harness when run_id is null. Returns its id. Example: select pgharness.log(7, ''doubled the workers'');';

@@ -18,12 +18,12 @@ as $$
       from run_combinations as c
      -- "between", so that only the index on model_id will do: calls_pkey would be walked to its start for a model without calls
      cross join lateral (
-           select avg(newest.latency_ms) / 1000 as seconds
-             from (select k.latency_ms from calls as k
+           select avg(newest.latency_ms) filter (where newest.outcome <> 'cached' and newest.batch_id is null) / 1000 as seconds
+             from (select k.latency_ms, k.outcome, k.batch_id from calls as k
                     where k.model_id between c.generator_id and c.generator_id order by k.model_id desc, k.id desc limit 20) as newest) as generator
      cross join lateral (
-           select avg(newest.latency_ms) / 1000 as seconds
-             from (select k.latency_ms from calls as k
+           select avg(newest.latency_ms) filter (where newest.outcome <> 'cached' and newest.batch_id is null) / 1000 as seconds
+             from (select k.latency_ms, k.outcome, k.batch_id from calls as k
                     where k.model_id between c.grader_id and c.grader_id order by k.model_id desc, k.id desc limit 20) as newest) as grader
      where c.run_id = _item_seconds.run_id;
 $$;
@@ -61,7 +61,8 @@ begin
     perform procrastinate_defer_jobs_v1(array(
         select row(_defer.kind, 'pgharness.slice', v_top - 2 * least(v_turn + part.items_before / 64, 499999)::integer - (_defer.kind = 'note')::integer, null, null,
                    jsonb_build_object('run_id', v_run.id, 'kind', _defer.kind, 'epoch', v_run.epoch) || v_more || part.slice, _defer.at)::procrastinate_job_to_defer_v1
-          from (select s as slice, n,
+          from (select s || coalesce((select jsonb_build_object('depth', t.depth) from tasks as t
+                                       where _defer.kind = 'task' and t.run_id = v_run.id and t.ordinal = coalesce(s -> 'ordinals' ->> 0, s ->> 'first')::bigint), '{}') as slice, n,
                        coalesce(sum(coalesce(jsonb_array_length(s -> 'ordinals'), (s ->> 'last')::bigint - (s ->> 'first')::bigint + 1))
                                 over (order by n rows between unbounded preceding and 1 preceding), 0)::bigint as items_before
                   from unnest(slices) with ordinality as each (s, n)) as part
@@ -88,6 +89,18 @@ as $$
 $$;
 comment on function pgharness._defer_list(bigint, text, bigint[], integer, timestamptz, integer) is 'Queue a list of ordinals in slices of a size, now or at a time.';
 
+create or replace function pgharness._defer_tasks(run_id bigint, ordinals bigint[]) returns void
+    language sql volatile security definer set search_path = pgharness, pg_temp
+as $$
+    select _defer(run_id, 'task', array(
+        select jsonb_build_object('ordinals', jsonb_agg(part.ordinal order by part.ordinal))
+          from (select t.ordinal, t.depth, (row_number() over (partition by t.depth order by t.ordinal) - 1) / 20 as number
+                  from unnest(_defer_tasks.ordinals) as o
+                 cross join lateral (select t.ordinal, t.depth from tasks as t where t.run_id = _defer_tasks.run_id and t.ordinal = o offset 0) as t) as part
+         group by part.depth, part.number order by part.depth desc, part.number));
+$$;
+comment on function pgharness._defer_tasks(bigint, bigint[]) is 'Queue tasks in slices, those of different depths apart and the deepest first: others wait for them.';
+
 create or replace function pgharness.next_run(queues text[]) returns bigint
     language plpgsql stable security definer set search_path = pgharness, pg_temp
 as $$
@@ -105,7 +118,8 @@ comment on function pgharness.next_run(text[]) is
 
 drop function if exists pgharness.take_job(text[], bigint, bigint[]);
 create or replace function pgharness.take_job(
-    queues text[], queue_worker_id bigint, except_runs bigint[] default '{}', only_runs bigint[] default null, experiments text[] default null
+    queues text[], queue_worker_id bigint, except_runs bigint[] default '{}', only_runs bigint[] default null, experiments text[] default null,
+    except_depths jsonb default '{}'
 )
     returns table (id bigint, status text, task_name text, priority integer, lock text, queueing_lock text, args jsonb,
                    scheduled_at timestamptz, queue_name text, attempts integer, worker_id bigint)
@@ -119,12 +133,13 @@ begin
                       and (w.args ->> 'run_id')::bigint <> all (take_job.except_runs)
                       and (take_job.only_runs is null or (w.args ->> 'run_id')::bigint = any (take_job.only_runs))
                       and (take_job.experiments is null or w.args ->> 'experiment' = any (take_job.experiments))
+                      and not coalesce(take_job.except_depths -> (w.args ->> 'run_id') @> (w.args -> 'depth'), false)
                     order by w.priority desc, w.id limit 1 for update skip locked)
     returning j.id, j.status::text, j.task_name::text, j.priority, j.lock, j.queueing_lock, j.args, j.scheduled_at, j.queue_name::text, j.attempts, j.worker_id;
 end;
 $$;
-comment on function pgharness.take_job(text[], bigint, bigint[], bigint[], text[]) is
-'For workers: take the job whose turn it is, as the queue''s own fetch does, but none of some runs of which the worker has enough; or only one of some runs, or of some experiments in code. No row when nothing waits. Example: select * from pgharness.take_job(''{note,grade}'', 5, ''{}'');';
+comment on function pgharness.take_job(text[], bigint, bigint[], bigint[], text[], jsonb) is
+'For workers: take the job whose turn it is, as the queue''s own fetch does, but none of some runs of which the worker has enough, or of some depths of runs ({"7": [1, 2]}); or only one of some runs, or of some experiments in code. No row when nothing waits. Example: select * from pgharness.take_job(''{note,grade}'', 5, ''{}'');';
 
 create or replace function pgharness._drop_jobs(run_id bigint) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -148,7 +163,7 @@ begin
     if kind = 'task' then
         return query
         select o from unnest(_missing.ordinals) as o
-         where exists (select from tasks as t where t.run_id = _missing.run_id and t.ordinal = o and t.status = 'waiting'
+         where exists (select from tasks as t where t.run_id = _missing.run_id and t.ordinal = o and t.finished_at is null
                                                 and (t.next_attempt_at is null or t.next_attempt_at <= clock()) offset 0) order by o;
     elsif kind = 'note' then
         return query
@@ -156,6 +171,7 @@ begin
          where o between 0 and (select r.note_count - 1 from runs as r where r.id = _missing.run_id)
            and not exists (select from notes as n where n.run_id = _missing.run_id and n.ordinal = o offset 0)
            and not exists (select from failures as f where f.run_id = _missing.run_id and f.kind = 'note' and f.ordinal = o and f.status = 'failed' offset 0)
+           and not exists (select from batch_items as b where b.run_id = _missing.run_id and b.kind = 'note' and b.ordinal = o offset 0)
          order by o;
     else
         select d.grade_stride into strict v_stride from run_definitions as d where d.run_id = _missing.run_id;
@@ -173,12 +189,13 @@ begin
                   and g.rubric_number = place.rubric_number and g.replication = place.replication offset 0)
            and not exists (
                select from failures as f where f.run_id = _missing.run_id and f.kind = 'grade' and f.ordinal = o and f.status = 'failed' offset 0)
+           and not exists (select from batch_items as b where b.run_id = _missing.run_id and b.kind = 'grade' and b.ordinal = o offset 0)
          order by o;
     end if;
 end;
 $$;
 comment on function pgharness._missing(bigint, text, bigint[]) is
-'Those of some ordinals that are neither done nor failed: the plan minus what is there. A grade is missing only once its note exists.';
+'Those of some ordinals that are neither done nor failed nor in a batch: the plan minus what is there. A grade is missing only once its note exists.';
 
 create or replace function pgharness._missing_grades(run_id bigint, notes bigint[]) returns bigint[]
     language sql stable security definer set search_path = pgharness, pg_temp
@@ -209,9 +226,7 @@ begin
     update runs as r set epoch = r.epoch + 1 where r.id = _requeue.run_id returning r.* into v_run;
     if v_run.task_count > 0 then
         update tasks as t set next_attempt_at = null where t.run_id = v_run.id and t.status = 'waiting' and t.next_attempt_at is not null;
-        perform _defer_list(v_run.id, 'task', array(
-            select t.ordinal from tasks as t where t.run_id = v_run.id and t.status = 'waiting' and t.ordinal > 0 order by t.ordinal), 20);
-        perform _defer_list(v_run.id, 'task', array(select t.ordinal from tasks as t where t.run_id = v_run.id and t.status = 'waiting' and t.ordinal = 0), 1);
+        perform _defer_tasks(v_run.id, array(select t.ordinal from tasks as t where t.run_id = v_run.id and t.status = 'waiting'));
         return;
     end if;
     update failures as f set next_attempt_at = clock() where f.run_id = v_run.id and f.status = 'waiting' and f.next_attempt_at > clock();
@@ -251,7 +266,8 @@ create or replace function pgharness.load_run(run_id bigint) returns jsonb
     language sql stable security definer set search_path = pgharness, pg_temp
 as $$
     select d.definition || jsonb_build_object(
-               'run_id', r.id, 'run', r.name, 'priority', r.priority, 'max_concurrency', r.max_concurrency, 'grade_stride', d.grade_stride,
+               'run_id', r.id, 'run', r.name, 'priority', r.priority, 'max_concurrency', _call_cap(r), 'grade_stride', d.grade_stride,
+               'response_cache', coalesce(r.response_cache, 'off'), 'notes_per_replication', d.case_count::bigint * d.combination_count * cardinality(d.transcript_overlaps),
                'combinations', (select jsonb_agg(jsonb_build_object('number', c.number, 'name', c.name, 'generator', c.generator, 'grader', c.grader,
                                                                     'rubric_count', c.rubric_count, 'grade_replications', c.grade_replications) order by c.number)
                                   from run_combinations as c where c.run_id = r.id))
@@ -268,7 +284,6 @@ create or replace function pgharness.load_slice(worker_id bigint, slice jsonb)
 as $$
 declare
     v_run_id bigint := (slice ->> 'run_id')::bigint;
-    v_plan   run_definitions;
     v_notes  bigint[];
     v_grades bigint[];
 begin
@@ -276,47 +291,69 @@ begin
         return;                                         -- paused, finished, deleted, or queued anew since
     end if;
     insert into run_workers (run_id, worker_id) values (v_run_id, load_slice.worker_id) on conflict do nothing;
-    select * into strict v_plan from run_definitions as d where d.run_id = v_run_id;
     if slice ->> 'kind' = 'note' then
         v_notes := array(select _missing(v_run_id, 'note', _ordinals(slice)));
         v_grades := _kept_grades(load_slice.worker_id, slice);
     else
         v_grades := array(select _missing(v_run_id, 'grade', _ordinals(slice)));
     end if;
-    -- an item that waits for its next attempt has a job of its own
-    return query
-    select 'note', o, rc.case_id, place.combination_number, place.overlap, place.replication, o, null::bigint,
-           array(select rr.rubric_id from run_rubrics as rr where rr.run_id = v_run_id and rr.case_number = place.case_number order by rr.number),
-           coalesce(f.tries, 0), f.cause, f.error, f.answer
-      from unnest(v_notes) as o
-     cross join lateral _note_place(v_plan, o) as place
-     cross join lateral (select rc.case_id from run_cases as rc where rc.run_id = v_run_id and rc.number = place.case_number offset 0) as rc
-      left join lateral (select * from failures as f where f.run_id = v_run_id and f.kind = 'note' and f.ordinal = o offset 0) as f on true
-     where f.next_attempt_at is null or f.next_attempt_at <= clock();
-    return query
-    select 'grade', o, rc.case_id, place.combination_number, place.overlap, place.replication, o / v_plan.grade_stride, rr.rubric_id, null::bigint[],
-           coalesce(f.tries, 0), f.cause, f.error, f.answer
-      from unnest(v_grades) as o
-     cross join lateral (
-           select n.case_number, n.combination_number, n.overlap, grade.rubric_number, grade.replication
-             from _note_place(v_plan, o / v_plan.grade_stride) as n
-             join run_combinations as c on c.run_id = v_run_id and c.number = n.combination_number
-            cross join lateral _grade_place(c, (o % v_plan.grade_stride)::integer) as grade offset 0) as place
-     cross join lateral (select rc.case_id from run_cases as rc where rc.run_id = v_run_id and rc.number = place.case_number offset 0) as rc
-      left join lateral (select rr.rubric_id from run_rubrics as rr
-                          where rr.run_id = v_run_id and rr.case_number = place.case_number and rr.number = place.rubric_number offset 0) as rr on true
-      left join lateral (select * from failures as f where f.run_id = v_run_id and f.kind = 'grade' and f.ordinal = o offset 0) as f on true
-     where f.next_attempt_at is null or f.next_attempt_at <= clock();
+    -- an item that waits for its next attempt has a job of its own; one that is asked in a batch waits there
+    return query select * from _load_items(v_run_id, 'note', _gather(v_run_id, 'note', coalesce(v_notes, '{}')));
+    return query select * from _load_items(v_run_id, 'grade', _gather(v_run_id, 'grade', v_grades));
 end;
 $$;
 comment on function pgharness.load_slice(bigint, jsonb) is
 'For workers: what a slice (a queue job''s arguments: run_id, kind, epoch, and first and last or ordinals, with its job_id) still has to do: notes with the rubrics of their cases, or grades; nothing when the run is not running or was queued anew. Idempotent. Example: select * from pgharness.load_slice(1, ''{"run_id": 7, "kind": "note", "epoch": 0, "first": 0, "last": 99}'');';
 
+create or replace function pgharness._load_items(run_id bigint, item_kind text, ordinals bigint[])
+    returns table (kind text, ordinal bigint, case_id bigint, combination_number integer, overlap integer, replication integer,
+                   note_ordinal bigint, rubric_id bigint, rubric_ids bigint[], tries integer, cause text, error text, answer text)
+    language plpgsql stable security definer set search_path = pgharness, pg_temp set enable_seqscan = off
+as $$
+declare
+    v_plan run_definitions;
+begin
+    if cardinality(ordinals) = 0 then
+        return;
+    end if;
+    select * into strict v_plan from run_definitions as d where d.run_id = _load_items.run_id;
+    if item_kind = 'note' then
+        return query
+        select 'note', o, rc.case_id, place.combination_number, place.overlap, place.replication, o, null::bigint,
+               array(select rr.rubric_id from run_rubrics as rr where rr.run_id = _load_items.run_id and rr.case_number = place.case_number order by rr.number),
+               coalesce(f.tries, 0), f.cause, f.error, f.answer
+          from unnest(ordinals) as o
+         cross join lateral _note_place(v_plan, o) as place
+         cross join lateral (select rc.case_id from run_cases as rc where rc.run_id = _load_items.run_id and rc.number = place.case_number offset 0) as rc
+          left join lateral (select * from failures as f where f.run_id = _load_items.run_id and f.kind = 'note' and f.ordinal = o offset 0) as f on true
+         where f.next_attempt_at is null or f.next_attempt_at <= clock();
+    else
+        return query
+        select 'grade', o, rc.case_id, place.combination_number, place.overlap, place.replication, o / v_plan.grade_stride, rr.rubric_id, null::bigint[],
+               coalesce(f.tries, 0), f.cause, f.error, f.answer
+          from unnest(ordinals) as o
+         cross join lateral (
+               select n.case_number, n.combination_number, n.overlap, grade.rubric_number, grade.replication
+                 from _note_place(v_plan, o / v_plan.grade_stride) as n
+                 join run_combinations as c on c.run_id = _load_items.run_id and c.number = n.combination_number
+                cross join lateral _grade_place(c, (o % v_plan.grade_stride)::integer) as grade offset 0) as place
+         cross join lateral (select rc.case_id from run_cases as rc where rc.run_id = _load_items.run_id and rc.number = place.case_number offset 0) as rc
+          left join lateral (select rr.rubric_id from run_rubrics as rr
+                              where rr.run_id = _load_items.run_id and rr.case_number = place.case_number and rr.number = place.rubric_number offset 0) as rr on true
+          left join lateral (select * from failures as f where f.run_id = _load_items.run_id and f.kind = 'grade' and f.ordinal = o offset 0) as f on true
+         where f.next_attempt_at is null or f.next_attempt_at <= clock();
+    end if;
+end;
+$$;
+comment on function pgharness._load_items(bigint, text, bigint[]) is
+'What notes (with the rubrics of their cases) or grades of a run are made from, and how they were tried before; none whose next try is not due.';
+
 create or replace function pgharness._kept_grades(worker_id bigint, slice jsonb) returns bigint[]
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
-    v_makes_grades boolean := exists (select from workers as w where w.id = _kept_grades.worker_id and w.queues @> '{note,grade}');
+    v_makes_grades boolean := exists (select from workers as w where w.id = _kept_grades.worker_id and w.queues @> '{note,grade}')
+                              and not exists (select from runs as r where r.id = (slice ->> 'run_id')::bigint and r.batch_deadline_seconds is not null);
     v_grades       bigint[] := '{}';
 begin
     if not slice ? 'job_id' or not _queue_exists() then
@@ -336,7 +373,7 @@ begin
 end;
 $$;
 comment on function pgharness._kept_grades(bigint, jsonb) is
-'Mark the job of a slice of notes as one that keeps its grades, if its worker makes grades too: what is missing of them then belongs to the slice, and is returned when the slice was begun before. A worker that makes no grades leaves them to jobs of their own.';
+'Mark the job of a slice of notes as one that keeps its grades, if its worker makes grades too and its run does not ask in batches: what is missing of them then belongs to the slice, and is returned when the slice was begun before. A worker that makes no grades leaves them to jobs of their own.';
 
 create or replace function pgharness._note_place(definition pgharness.run_definitions, ordinal bigint)
     returns table (case_number integer, combination_number integer, overlap integer, replication integer)

@@ -59,7 +59,7 @@ begin
              where w.status = 'running' and w.id <> v_worker.id and w.spare > 0 and 'note' = any (w.queues) and w.heartbeat_at > clock() - interval '5 seconds';
         end if;
     end if;
-    return query select r.id, coalesce(now_.status, 'deleted'), coalesce(now_.epoch, 0), coalesce(now_.priority, 0), now_.max_concurrency, v_idle
+    return query select r.id, coalesce(now_.status, 'deleted'), coalesce(now_.epoch, 0), coalesce(now_.priority, 0), _call_cap(now_), v_idle
       from unnest(heartbeat.runs) as r (id) left join pgharness.runs as now_ on now_.id = r.id;
 end;
 $$;
@@ -157,6 +157,8 @@ begin
     update workers as w set status = 'lost' where w.status in ('running', 'draining') and w.heartbeat_at < clock() - stale_after;
     delete from model_leases as l using workers as w where w.id = l.worker_id and w.status in ('lost', 'stopped');
     delete from run_leases as l using workers as w where w.id = l.worker_id and w.status in ('lost', 'stopped');
+    perform _pause_spent_runs();
+    delete from response_claims as c using workers as w where w.id = c.worker_id and w.status in ('lost', 'stopped');
     for v_job in
         select j.id, exists (select from workers as w where w.queue_worker_id = j.worker_id and w.status = 'stopped') as has_stopped
           from procrastinate.procrastinate_jobs as j
@@ -178,6 +180,7 @@ begin
          where r.status = 'running' and r.activated_at < clock() - stale_after * 2
            and not exists (select from procrastinate.procrastinate_jobs as j
                             where j.task_name = 'pgharness.slice' and j.status in ('todo', 'doing') and (j.args ->> 'run_id')::bigint = r.id)
+           and not exists (select from batches as b where b.run_id = r.id and b.finished_at is null)
          order by r.id for no key update skip locked
     loop
         insert into logs (run_id, level, message) values (v_run, 'warning', 'the run had no job left in the queue; its outstanding work was queued again');

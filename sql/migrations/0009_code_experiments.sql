@@ -84,6 +84,7 @@ create table pgharness.tasks (
     run_id         bigint not null,
     ordinal        bigint not null,
     parent_ordinal bigint,
+    depth          integer not null default 0,
     map            text not null default '',
     key            text not null default '',
     function       text not null default '',
@@ -103,19 +104,20 @@ create table pgharness.tasks (
     started_at     timestamptz,
     finished_at    timestamptz,
     constraint tasks_pkey primary key (run_id, ordinal),
-    constraint tasks_run_id_parent_ordinal_map_key_key unique nulls not distinct (run_id, parent_ordinal, map, key),
+    constraint tasks_parent_ordinal_map_run_id_key_key unique nulls not distinct (parent_ordinal, map, run_id, key),
     constraint tasks_status_check check (status in ('waiting', 'succeeded', 'failed')),
     constraint tasks_finished_at_check check ((finished_at is not null) = (status <> 'waiting')),
     constraint tasks_run_id_fkey foreign key (run_id) references pgharness.runs (id) on delete cascade,
     constraint tasks_worker_id_fkey foreign key (worker_id) references pgharness.workers (id) on delete restrict
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
 create index tasks_worker_id_idx on pgharness.tasks (worker_id);
--- not for looking up a run's tasks by their ordinals, for which it would seem good while the table's statistics are old
+-- neither this nor the unique one is for looking up a run's tasks by their ordinals, for which they would seem good while the table's statistics are old
 create index tasks_waiting_idx on pgharness.tasks (parent_ordinal, map, run_id) where status = 'waiting';
 comment on table pgharness.tasks is
 'One row per task of a run of code: its function (ordinal 0), and each item of its maps. Read them through task_results.';
 comment on column pgharness.tasks.ordinal is 'Its number in the run, from 0.';
 comment on column pgharness.tasks.parent_ordinal is 'The task that maps; null for the run''s function.';
+comment on column pgharness.tasks.depth is 'How many maps it stands in: 0 for the run''s function, one more than its parent''s for an item.';
 comment on column pgharness.tasks.map is 'Which map of its parent it is of: the name of the function, or the one given.';
 comment on column pgharness.tasks.key is 'What tells it from the other items of its map: done once, it is not done again.';
 comment on column pgharness.tasks.function is 'What is called: module:function.';

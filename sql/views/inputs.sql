@@ -27,11 +27,12 @@ comment on view pgharness.eligible_cases is
 create or replace view pgharness.expected_costs with (security_invoker = true) as
 select i.id as instance_id, i.name as instance, mc.id as combination_id, mc.name as combination, g.name as generator, j.name as grader,
        cases.note_count, cases.note_count * plan.grades_per_note as grade_count,
-       round((cases.note_count * note.usd)::numeric, 6) as note_cost_usd,
-       round((cases.note_count * plan.grades_per_note * grade.usd)::numeric, 6) as grade_cost_usd,
+       round(note.usd::numeric, 6) as note_cost_usd, round(grade.usd::numeric, 6) as grade_cost_usd,
        case when plan.grades_per_note = 0 or j.provider = 'metric' or (note_usage.kind is null) = (grade_usage.kind is null)
                 then case when note_usage.kind is null then 'text length' else 'past calls' end
-            else 'past calls and text length' end as cost_basis
+            else 'past calls and text length' end as cost_basis,
+       round(greatest(note.usd + grade.usd - note.spread - grade.spread, 0)::numeric, 6) as low_cost_usd,
+       round((note.usd + grade.usd + note.spread + grade.spread)::numeric, 6) as high_cost_usd
   from pgharness.model_combinations as mc
   join pgharness.instances as i on i.id = mc.instance_id
   join pgharness.experiments as e on e.id = i.experiment_id
@@ -64,19 +65,28 @@ select i.id as instance_id, i.name as instance, mc.id as combination_id, mc.name
  cross join lateral (
        select coalesce(note_usage.output_tokens, max_tokens.note, 500) as output_tokens,
               coalesce(note_usage.usd_per_item,
-                       ((length(prompt.note) + size.input) / 4 * coalesce(g.input_usd_per_million, 0)
-                        + coalesce(max_tokens.note, 500) * coalesce(g.output_usd_per_million, 0)) / 1e6) as usd) as note
+                       pgharness._text_cost(g, (length(prompt.note) + size.input)::double precision / 4, coalesce(max_tokens.note, 500))) as usd,
+              coalesce(grade_usage.usd_per_item,
+                       pgharness._text_cost(j, (length(prompt.grade) + size.criteria
+                                                + case when prompt.grade ~ '\m(case_text|input)\M' then size.input else 0 end)::double precision / 4
+                                               + coalesce(note_usage.output_tokens, max_tokens.note, 500), coalesce(max_tokens.grade, 500)), 0) as grade_usd) as item
  cross join lateral (
-       select coalesce(grade_usage.usd_per_item,
-                       ((length(prompt.grade) + size.criteria
-                         + case when prompt.grade ~ '\m(case_text|input)\M' then size.input else 0 end) / 4 + note.output_tokens)
-                           * coalesce(j.input_usd_per_million, 0) / 1e6
-                       + coalesce(max_tokens.grade, 500) * coalesce(j.output_usd_per_million, 0) / 1e6) as usd) as grade;
+       select cases.note_count * item.usd as usd,
+              case when note_usage.kind is null then cases.note_count * item.usd / 2
+                   else 1.645 * note_usage.usd_deviation * sqrt(cases.note_count + cases.note_count::double precision ^ 2 / note_usage.item_count) end as spread) as note
+ cross join lateral (
+       select cases.note_count * plan.grades_per_note * item.grade_usd as usd,
+              case when grade_usage.kind is null then cases.note_count * plan.grades_per_note * item.grade_usd / 2
+                   else 1.645 * grade_usage.usd_deviation
+                        * sqrt(cases.note_count * plan.grades_per_note + (cases.note_count * plan.grades_per_note)::double precision ^ 2 / grade_usage.item_count) end as spread) as grade;
 comment on view pgharness.expected_costs is
 'One row per combination of an instance: the notes and grades that start_run would plan for it now, and an estimate of what they cost.';
 comment on column pgharness.expected_costs.note_cost_usd is 'At present prices; prices that are not set count as zero.';
 comment on column pgharness.expected_costs.cost_basis is
 'What the estimate rests on: past calls (model_usage), where a model has any; else text length (4 characters a token of prompt, case and criteria; answers of the max_tokens parameter, or 500).';
+comment on column pgharness.expected_costs.low_cost_usd is
+'Of notes and grades together: the lower end of an interval that holds 90 percent of such runs. From past calls it is the mean of an item by their number, and 1.645 standard errors for the spread of these items and that of the past ones, over which the mean was taken; where there are none, half of the estimate by text length, and the upper end one and a half.';
+comment on column pgharness.expected_costs.high_cost_usd is 'The upper end.';
 
 create or replace view pgharness.expected_workload with (security_invoker = true) as
 select i.id as instance_id, i.name as instance, cases.case_count, plan.combination_count, plan.note_count, plan.grade_count,
@@ -89,7 +99,8 @@ select i.id as instance_id, i.name as instance, cases.case_count, plan.combinati
                             i.rubrics_per_case, array_to_string(cases.without_rubrics[1:5], ', ')) end,
            case when model.needs_targets and cardinality(cases.without_target) > 0
                 then format('%s of its cases have no target to grade against: %s', cardinality(cases.without_target),
-                            array_to_string(cases.without_target[1:5], ', ')) end], null) as problems
+                            array_to_string(cases.without_target[1:5], ', ')) end], null) as problems,
+       plan.low_cost_usd, plan.high_cost_usd
   from pgharness.instances as i
  cross join lateral (
        select count(*) as case_count,
@@ -105,6 +116,8 @@ select i.id as instance_id, i.name as instance, cases.case_count, plan.combinati
               coalesce(sum(x.grade_count), 0)::bigint as grade_count,
               coalesce(sum(x.note_cost_usd), 0) as note_cost_usd,
               coalesce(sum(x.grade_cost_usd), 0) as grade_cost_usd,
+              coalesce(sum(x.low_cost_usd), 0) as low_cost_usd,
+              coalesce(sum(x.high_cost_usd), 0) as high_cost_usd,
               case when min(x.cost_basis) = max(x.cost_basis) then min(x.cost_basis) else 'past calls and text length' end as cost_basis
          from pgharness.expected_costs as x where x.instance_id = i.id) as plan
  cross join lateral (
@@ -130,3 +143,5 @@ comment on column pgharness.expected_workload.cost_basis is
 'What the estimate rests on: past calls (model_usage), where a model has any; else text length (4 characters a token of prompt, case and criteria; answers of the max_tokens parameter, or 500); null without combinations.';
 comment on column pgharness.expected_workload.unpriced_models is 'Models of paid providers without a price: the estimate takes them as free.';
 comment on column pgharness.expected_workload.problems is 'Why start_run would refuse this instance; empty when it would start.';
+comment on column pgharness.expected_workload.low_cost_usd is 'The lower end of an interval for cost_usd, the sum of those of expected_costs, which says how it is made: for several combinations rather too wide.';
+comment on column pgharness.expected_workload.high_cost_usd is 'The upper end.';

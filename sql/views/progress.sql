@@ -110,7 +110,7 @@ select r.id as run_id, r.name as run, found.kind, found.cause, found.items_faile
                union all
                select c.kind, c.outcome, 0, 0, count(*), max(c.id), max(c.started_at)
                  from pgharness.calls as c
-                where c.run_id = r.id and c.outcome not in ('succeeded', 'cancelled') group by c.kind, c.outcome) as each
+                where c.run_id = r.id and c.outcome not in ('succeeded', 'cached', 'cancelled') group by c.kind, c.outcome) as each
         group by each.kind, each.cause) as found;
 comment on view pgharness.failure_causes is
 'One row per run, kind of item (note, grade) and cause of failure: how many items it holds up, and how many calls ended so, those included that succeeded at a later try. Example: select * from pgharness.failure_causes where run_id = 1 order by calls_failed desc;';
@@ -172,7 +172,8 @@ select r.id as run_id, r.name as run, trouble.problem, trouble.remedy, progress.
                        (select max(t.finished_at) from pgharness.tasks as t where t.run_id = r.id),
                        (select max(n.created_at) from pgharness.notes as n where n.run_id = r.id),
                        (select max(g.created_at) from pgharness.grades as g where g.run_id = r.id),
-                       (select max(f.updated_at) from pgharness.failures as f where f.run_id = r.id)) as last_at) as progress
+                       (select max(f.updated_at) from pgharness.failures as f where f.run_id = r.id),
+                       (select max(greatest(b.gathered_at, b.submitted_at, b.polled_at, b.finished_at)) from pgharness.batches as b where b.run_id = r.id)) as last_at) as progress
  cross join lateral (
        select string_agg(queue.name, ',' order by queue.name desc) as unserved
          from (values ('note', r.note_count - r.notes_succeeded - r.notes_failed),
@@ -183,8 +184,9 @@ select r.id as run_id, r.name as run, trouble.problem, trouble.remedy, progress.
                            where w.status = 'running' and queue.name = any (w.queues)
                              and (queue.name <> 'task' or (select d.definition ->> 'experiment' from pgharness.run_definitions as d where d.run_id = r.id) = any (w.experiments)))) as staff
  cross join lateral (
-       select count(*) as job_count from procrastinate.procrastinate_jobs as j
-        where j.task_name = 'pgharness.slice' and j.status in ('todo', 'doing') and (j.args ->> 'run_id')::bigint = r.id) as queued
+       select (select count(*) from procrastinate.procrastinate_jobs as j
+                where j.task_name = 'pgharness.slice' and j.status in ('todo', 'doing') and (j.args ->> 'run_id')::bigint = r.id)
+              + (select count(*) from pgharness.batches as b where b.run_id = r.id and b.finished_at is null) as job_count) as queued
  cross join lateral (
        -- as long as a call may take, so that a slow model is not taken for a stalled one
        select 300 + max(greatest((c.generator ->> 'timeout_seconds')::double precision, (c.grader ->> 'timeout_seconds')::double precision)) as seconds

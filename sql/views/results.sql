@@ -250,7 +250,8 @@ select r.id as run_id, r.name as run, r.instance, r.kind, r.created_by as starte
        d.definition -> 'prompts' as prompts, d.definition,
        worker.versions as worker_versions, worker.git_commits as worker_git_commits, worker.environments as worker_environments,
        (select jsonb_agg(jsonb_build_object('version', v.number, 'digest', v.digest, 'module', v.module, 'function', v.function, 'git_commit', v.git_commit, 'is_dirty', v.is_dirty) order by v.number)
-          from pgharness.run_versions as rv join pgharness.experiment_versions as v on v.id = rv.version_id where rv.run_id = r.id) as code
+          from pgharness.run_versions as rv join pgharness.experiment_versions as v on v.id = rv.version_id where rv.run_id = r.id) as code,
+       coalesce(r.response_cache, 'off') as response_cache
   from pgharness.runs as r
   join pgharness.run_definitions as d on d.run_id = r.id
   left join pgharness.runs as origin on origin.id = r.rerun_of_id
@@ -274,4 +275,5 @@ comment on column pgharness.run_provenance.definition is 'All of the frozen inst
 comment on column pgharness.run_provenance.worker_versions is 'Versions of pgharness that worked on it.';
 comment on column pgharness.run_provenance.worker_git_commits is 'Git commits of the directories that its workers ran in, with "(dirty)" where files were changed.';
 comment on column pgharness.run_provenance.worker_environments is 'Python, platform and package versions of its workers, each different one once.';
+comment on column pgharness.run_provenance.response_cache is 'How it used the response cache: off, read, write or replay; calls of outcome cached say which answers came from there.';
 comment on column pgharness.run_provenance.code is 'Of a run of code: the versions of it that were executed, with their git commit; experiment_versions has their source and what was not committed.';

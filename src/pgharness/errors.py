@@ -21,14 +21,18 @@
         ├── InvalidOutput        an answer that does not fit what was asked
         ├── Refused              a content filter or a refusal
         ├── RequestRejected      4xx: the same request will never succeed
-        └── CodeFailed           a user's program or callable failed
+        ├── NotCached            a replay has no answer to this in the response cache
+        ├── CodeFailed           a user's program or callable failed
+        ├── InsufficientResponses  too few members of an ensemble answered
+        └── NoConsensus          the members of an ensemble agree too little
 
 Callers steer by class and attributes, never by message text. `hint` is what to type next.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 
 class HarnessError(Exception):
@@ -98,12 +102,13 @@ class ModelError(HarnessError):
     """A model did not give a usable answer.
 
     `outcome` is the word stored in `calls.outcome`; `is_retryable` says whether asking again can help;
-    `retry_after` is the number of seconds that the server asked to wait; `text` is the answer as received.
+    `retry_after` is the number of seconds that the server asked to wait; `text` is the answer as received;
+    `composition` is how a composite came to fail, as JSON.
     """
 
     outcome: ClassVar[str] = "error"
-    is_retryable: ClassVar[bool] = True
-    spends_attempt: ClassVar[bool] = True
+    is_retryable: bool = True
+    spends_attempt: bool = True
 
     def __init__(
         self,
@@ -118,8 +123,10 @@ class ModelError(HarnessError):
         output_tokens: int = 0,
         cached_tokens: int = 0,
         hint: str | None = None,
+        composition: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message, hint=hint)
+        self.composition = composition
         self.retry_after = retry_after
         self.http_status = http_status
         self.request_id = request_id
@@ -175,10 +182,29 @@ class RequestRejected(ModelError):
     is_retryable = False
 
 
+class NotCached(ModelError):
+    """The response cache has no answer to this, and nobody may be asked."""
+
+    outcome = "not_cached"
+    is_retryable = False
+
+
 class CodeFailed(ModelError):
     """A user's program or callable failed; `text` holds its traceback or standard error."""
 
     outcome = "code_failed"
+
+
+class InsufficientResponses(ModelError):
+    """Too few members of an ensemble gave a usable answer; how they failed says whether asking again can help."""
+
+    outcome = "insufficient_responses"
+
+
+class NoConsensus(ModelError):
+    """The members of an ensemble agree too little."""
+
+    outcome = "no_consensus"
 
 
 BY_SQLSTATE: dict[str, type[DatabaseError]] = {

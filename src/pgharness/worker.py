@@ -24,6 +24,7 @@ from ctypes import c_double
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from types import FrameType
+from typing import get_args
 
 import uvloop
 
@@ -31,11 +32,12 @@ from pgharness import __version__, database, hooks, plugins, schema
 from pgharness.database import TRANSIENT, Database
 from pgharness.environment import environment
 from pgharness.errors import HarnessError, LeaseLost, SchemaOutOfDate
-from pgharness.execution import Engine
+from pgharness.execution import Batches, Engine
 from pgharness.gateway import Gateway
 from pgharness.queue import CODE_QUEUE, Queue
 from pgharness.sdk.hosts import Hosts
 from pgharness.settings import LISTEN_OFF, Settings
+from pgharness.types import ItemKind
 
 logger = logging.getLogger(__name__)
 EXIT_SCHEMA = 4
@@ -86,6 +88,7 @@ async def run_process(options: WorkerOptions, *, parent_pid: int, pulse: c_doubl
             cache_root=options.settings.cache_root,
             allows_code=options.settings.allows_code,
             plugin_seconds=options.settings.plugin_seconds,
+            database=pool,
         )
         engine = await _open_engine(options, pool, gateway, worker_id)
         queue = Queue(pool, engine, worker_id=worker_id, listen_url=listen_url)
@@ -95,10 +98,13 @@ async def run_process(options: WorkerOptions, *, parent_pid: int, pulse: c_doubl
         loop.add_signal_handler(signal.SIGINT, process.on_interrupt)
         loop.add_signal_handler(_ABORT, process.abort)
         pulsing = asyncio.create_task(_show_pulse(pulse))
+        batching = asyncio.create_task(_move_batches(options, pool, gateway, worker_id))
         try:
             await process.run(options.queues)
         finally:
             pulsing.cancel()
+            batching.cancel()
+            await asyncio.gather(batching, return_exceptions=True)
             pulse.value = 0  # what is left may wait for the database
             await engine.close()
             await gateway.aclose()
@@ -120,6 +126,14 @@ async def _open_engine(options: WorkerOptions, pool: Database, gateway: Gateway,
     )
     await hosts.open()
     return hosts
+
+
+async def _move_batches(options: WorkerOptions, pool: Database, gateway: Gateway, worker_id: int) -> None:
+    """Take vendors' batches of the kinds of items that this process makes from step to step."""
+    kinds = [kind for kind in get_args(ItemKind) if kind in options.queues and kind != CODE_QUEUE]
+    if kinds:
+        settle_seconds = options.settings.stale_seconds
+        await Batches(pool, gateway, worker_id=worker_id, kinds=kinds, settle_seconds=settle_seconds).run()
 
 
 def _listen_url(options: WorkerOptions) -> str | None:

@@ -2,7 +2,7 @@
 
 make bench                                 everything; about 25 minutes
 make bench ARGS='--quick'                  one sample each, smaller runs; about four minutes
-make bench ARGS='--only items,planning'    some figures
+make bench ARGS='--only items,planning'    some figures; --only hedging is the table of docs/hedging.md
 make bench ARGS='--json bench-1.json'      every sample, as well
 make bench ARGS='--inspect-python PYTHON'  with Inspect AI, by the Python of an environment that has it
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 import comparison
 import figures
+import hedging
 import telling
 import views
 import windows
@@ -33,7 +34,7 @@ from rich.table import Table
 
 from pgharness.environment import environment
 
-NAMES = ("items", "inspect", "calls", "http", "memory", "planning", "views", "start", "sharing", "telling")
+NAMES = ("items", "inspect", "calls", "http", "memory", "planning", "views", "start", "sharing", "telling", "hedging")
 INSPECT_PYTHON = "PGHARNESS_BENCH_INSPECT_PYTHON"
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
 stderr = Console(stderr=True, highlight=False)
@@ -63,6 +64,7 @@ def lines(bed: Bed, wanted: set[str], inspect_python: Path | None) -> Iterator[L
         "start": figures.start,
         "sharing": figures.sharing,
         "telling": telling.telling,
+        "hedging": hedging.hedging,
     }
     for name, figure in others.items():
         if name in wanted:

@@ -47,7 +47,7 @@ class Calls:
             if not call.done():
                 call.set_result(text)
 
-    def completer(self, spec: ModelSpec) -> Calls:
+    def completer(self, spec: ModelSpec, *_: object) -> Calls:
         return self
 
 

@@ -259,8 +259,9 @@ def test_refusals_say_what_to_do(live: Database, url: str, tmp_path: Path) -> No
 
 
 def _flip(data: bytes) -> bytes:
-    middle = len(data) // 3
-    return data[:middle] + bytes([data[middle] ^ 0x10]) + data[middle + 1 :]
+    """Return a file with one bit of what its notes are packed to turned over."""
+    place = data.index(b"notes.jsonl") + len(b"notes.jsonl") + 40
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
 def _repacked(path: Path, change: dict[str, bytes | None]) -> bytes:

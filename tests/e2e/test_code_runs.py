@@ -656,6 +656,7 @@ def test_a_killed_run_does_only_what_it_had_not_done(lab: CodeLab) -> None:
     run_id = lab.start("checkpointed", gate="killed")
     pid = process_of(lab, run_id)
     lab.wait(lambda: lab.progress(run_id)["tasks_succeeded"] == 20, "20 items")
+    lab.wait(lambda: len(lab.results(run_id)) > 21, "an item that waits for the gate")
     os.kill(pid, signal.SIGKILL)
     lab.wait(lambda: lab.root(run_id)["attempts"] == 2, "another process")
     lab.open_gate("killed")
@@ -679,7 +680,7 @@ def test_a_paused_run_goes_on_where_it_was(lab: CodeLab) -> None:
     lab.wait(lambda: lab.progress(run_id)["tasks_succeeded"] == 20, "20 items")
     lab.db.execute("select pgharness.pause_run(%s::bigint)", (run_id,))
     lab.wait(lambda: not is_alive(pid), "the process to end", 10)
-    assert lab.progress(run_id)["status"] == "paused"
+    assert lab.progress(run_id)["status"] == "paused", lab.progress(run_id)["reason"]
     lab.open_gate("paused")
     lab.db.execute("select pgharness.resume_run(%s::bigint)", (run_id,))
     lab.wait_for_end(run_id)

@@ -249,10 +249,11 @@ def test_many_workers_share_few_servers_in_transaction_mode_and_a_crash_loses_no
         define(db, notes, latency=0.1)
         with workers(transactions.url, count, tmp_path, "--concurrency", "15", PGHARNESS_LISTEN_URL=chosen):
             wait(lambda: processes(db) == count, "workers at work")
+            listeners = "select count(*) from pg_stat_activity where application_name = 'pgharness listener'"
+            wait(lambda: value(db, listeners) == (count if listens else 0), "those that listen")
             start(db)
             wait(lambda: value(db, "select notes_succeeded from pgharness.runs") > 100, "a part of the run")
             os.kill(value(db, "select pid from pgharness.workers where status = 'running' limit 1"), signal.SIGKILL)
-            listeners = "select count(*) from pg_stat_activity where application_name = 'pgharness listener'"
             most = heard = 0
             while not ended(db):
                 most = max(most, transactions.servers)
@@ -262,7 +263,7 @@ def test_many_workers_share_few_servers_in_transaction_mode_and_a_crash_loses_no
             assert value(db, "select count(*) from pgharness.notes") == notes
             assert value(db, "select count(*) from pgharness.grades") == notes
             assert 1 <= most <= SERVERS
-            assert heard == (count if listens else 0)
+            assert heard <= (count if listens else 0)
 
 
 def test_a_pooler_in_transaction_mode_is_noticed_and_never_asked_to_listen(

@@ -25,7 +25,13 @@ from pgharness.settings import VARIABLES
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
-    *(ROOT / "docs" / f"{name}.md" for name in ("tutorial", "operations", "migrating-from-the-clinical-runner")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in (
+            *("tutorial", "operations", "simulator", "caching", "batches", "ensembles", "hedging"),
+            "migrating-from-the-clinical-runner",
+        )
+    ),
     *sorted(ROOT.glob("experiments/**/README.md")),
 ]
 # design: insert an instance, add_cases, insert a combination, expected_workload, start_run, run_progress, cancel_run,
@@ -172,7 +178,7 @@ def test_documents_name_only_sql_that_exists(document: Path, db: Connection[Any]
         union select proname::text from pg_proc where pronamespace = 'pgharness'::regnamespace
         """
     ).fetchall()
-    text = re.sub(r'entry-points\."pgharness\.\w+"', "", document.read_text())
+    text = re.sub(r'entry-points\."pgharness\.\w+"|\b(from|import) pgharness\.[\w.]+', "", document.read_text())
     named = set(re.findall(r"\bpgharness\.([a-z_]+)\b", text))
     assert not named - {name for (name,) in known}
 

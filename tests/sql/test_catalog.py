@@ -41,22 +41,32 @@ SECURITY_DEFINERS = {
     ),
     "authors may change a run's state only in the ways that these allow": (
         "pause_run resume_run cancel_run retry_failed requeue_run record_result log"
-        " adjust_run _lock_run _set_status _settle_run _requeue _drop_jobs _pause_at_budget _retry_tasks purge_trials"
+        " adjust_run _lock_run _set_status _settle_run _requeue _drop_jobs _pause_if_spent _retry_tasks purge_trials resume_spent"
     ),
     "authors import runs made elsewhere, whose rows they may not write": (
         "import_run import_run_items finish_imported_run _import_definition"
     ),
-    "the queue's tables are for workers and for these": "_defer _defer_range _defer_list _put_back _kept_grades share_slice next_run take_job join_queue end_slice",
+    "the queue's tables are for workers and for these": "_defer _defer_range _defer_list _defer_tasks _put_back _kept_grades share_slice next_run take_job join_queue end_slice",
     "who deletes a run deletes what belongs to it, and no milestone": "_delete_items _delete_inputs _delete_contents _protect_milestones",
     "workers record what they did, and may write no table of ours": (
         "load_run load_slice load_inputs record_outcomes charge_crash _missing _missing_grades _record_notes _record_grades"
-        " _record_failures _record_calls _advance_run load_code load_tasks add_tasks map_state map_results record_tasks lose_tasks"
+        " _record_failures _record_calls _advance_run load_code load_tasks add_tasks _known_items map_state map_results record_tasks lose_tasks"
         " fail_run expire_runs record_told _record_rows _is_new keep_artifact start_version load_model"
+        " seek_responses _claim_responses release_responses keep_responses _keep_responses _count_hits"
+    ),
+    "workers take batches further, whose rows they may not write": (
+        "next_batch load_batch split_batch begin_submission record_submission forget_submission record_poll finish_batch release_batch"
+        " _gather _leave_batches _return_items _close_batch _held_batch _is_held_elsewhere _is_ready _told_batch _load_items"
+    ),
+    "who starts a run need not see what others spent, nor write it": (
+        "_run_budgets _refuse_spent _spend _pause_spent_runs _payable_calls"
     ),
     "workers tell how they are, and share limits": (
-        "register_worker attach_queue_worker heartbeat lose_worker sweep lease_model lease_run take_requests block_model serve_experiments"
+        "_rate_share _keep_limits register_worker attach_queue_worker heartbeat lose_worker sweep lease_model lease_run take_requests block_model serve_experiments"
     ),
     "workers make the code that they have known, and may define nothing else": "register_experiment",
+    "authors may delete what the response cache keeps, and change none of it": "purge_responses",
+    "who writes a composite writes who its members are": "_link_members",
 }
 # Functions without a pinned search path: a pin would keep Postgres from inlining them, and they name no object.
 INLINED = {
@@ -68,10 +78,12 @@ INLINED = {
     "_target_criteria",
     "_line_checksum",
     "_cost_usd",
+    "_call_cost",
+    "_token_cost",
 }
 TYPES = {
     *("bigint", "integer", "double precision", "numeric", "boolean", "text", "jsonb", "timestamp with time zone"),
-    *("text[]", "integer[]", "bytea", "run_definitions", "run_combinations"),
+    *("text[]", "integer[]", "bytea", "uuid", "run_definitions", "run_combinations"),
 }
 
 
@@ -203,7 +215,7 @@ def test_names_of_columns_tell_their_type(db: Database) -> None:
     for row in reference(db, "part = 'column'"):
         name, kind = f"{row['name']}.{row['item']}", row["type"].partition("(")[0]
         assert kind in TYPES, f"{name} is of type {row['type']}"
-        if name != "model_limits.blocked_until":
+        if row["item"] not in ("blocked_until", "valid_from", "valid_until"):
             assert (kind == "timestamp with time zone") == row["item"].endswith("_at"), name
         assert (kind == "boolean") == bool(re.search(r"(^|_)(is|has|spends)_", row["item"])), name
         assert kind in ("numeric", "double precision") or not row["item"].endswith("_usd"), name

@@ -111,7 +111,9 @@ def test_a_bad_config_is_refused_by_the_insert(db: Connection[Any]) -> None:
 def test_a_run_of_code_is_one_task_and_one_job(db: Connection[Any]) -> None:
     register(db)
     run_id = start(db)
-    assert jobs(db, run_id) == [{"run_id": run_id, "kind": "task", "epoch": 0, "experiment": "dice", "ordinals": [0]}]
+    assert jobs(db, run_id) == [
+        {"run_id": run_id, "kind": "task", "epoch": 0, "experiment": "dice", "ordinals": [0], "depth": 0}
+    ]
     assert one(db, "select task_count, status, percent_done from pgharness.run_progress where run_id = %s", run_id) == (
         1,
         "running",
@@ -147,7 +149,8 @@ def test_items_are_planned_once_and_known_by_their_keys(db: Connection[Any]) -> 
     record(db, worker_id, run_id, {"ordinal": 1, "attempt": 1, "status": "succeeded", "result": {"x": 1}})
     assert one(db, add, run_id, '[["a", "A"], ["b", "B"], ["c", "C"]]') == 1
     assert one(db, "select task_count from pgharness.runs where id = %s", run_id) == 4
-    assert one(db, "select is_done from pgharness.map_state(%s, 0, 'score')", run_id) is False
+    state = one(db, "select status, are_done from pgharness.map_state(%s, '{0,0}', '{score,other}')", run_id)
+    assert state == ("running", [False, True])
     assert db.execute("select key, result from pgharness.map_results(%s, 0, 'score')", (run_id,)).fetchall() == [
         ("a", '{"x": 1}')
     ]
@@ -308,6 +311,48 @@ def test_a_cancelled_run_resumes_with_what_it_has_done(db: Connection[Any]) -> N
     assert record(db, worker_id, run_id, {"ordinal": 0, "attempt": 1, "status": "succeeded"}) == "cancelled"
     db.execute("select pgharness.resume_run(%s)", (run_id,))
     assert sorted(job["ordinals"] for job in jobs(db, run_id)) == [[0], [2]]
+
+
+def add(db: Connection[Any], run_id: int, parent: int, count: int) -> list[tuple[int, int, int]]:
+    """Add items to a map of a task, and return the slices that are new: of which depth, from where to where."""
+    known = len(jobs(db, run_id))
+    items = json.dumps([[str(number), number] for number in range(count)])
+    db.execute("select pgharness.add_tasks(%s, %s, 1, 'score', 'm:score', %s)", (run_id, parent, items))
+    return [(job["depth"], job["first"], job["last"]) for job in jobs(db, run_id)[known:]]
+
+
+def test_slices_are_of_one_depth_and_as_large_as_keeps_everybody_busy(db: Connection[Any]) -> None:
+    register(db)
+    run_id, worker_id = start(db), worker(db)
+    load(db, worker_id, run_id)
+    assert add(db, run_id, 0, 40) == [(1, first, first + 4) for first in range(1, 41, 5)]
+    load(db, worker_id, run_id, [1])
+    assert add(db, run_id, 1, 3) == [(2, 41, 43)], "there is enough to do beside"
+    for ordinals in (range(2, 41), range(41, 44)):
+        load(db, worker_id, run_id, ordinals)
+        outcomes = [{"ordinal": each, "attempt": 1, "status": "succeeded"} for each in ordinals]
+        record(db, worker_id, run_id, *outcomes)
+    db.execute("update pgharness.tasks set status = 'waiting', attempts = 1, finished_at = null where ordinal = 41")
+    assert add(db, run_id, 41, 3) == [(3, 44, 44), (3, 45, 45), (3, 46, 46)]
+    assert one(db, "select array_agg(distinct depth order by depth) from pgharness.tasks") == [0, 1, 2, 3]
+
+
+def test_what_is_queued_anew_is_apart_by_depth_and_taken_by_depth(db: Connection[Any]) -> None:
+    register(db)
+    run_id, worker_id = start(db), worker(db)
+    load(db, worker_id, run_id)
+    add(db, run_id, 0, 30)
+    load(db, worker_id, run_id, [1])
+    add(db, run_id, 1, 2)
+    db.execute("select pgharness.pause_run(%s)", (run_id,))
+    db.execute("select pgharness.resume_run(%s)", (run_id,))
+    expected = [(2, [31, 32]), (1, list(range(1, 21))), (1, list(range(21, 31))), (0, [0])]
+    assert [(job["depth"], job["ordinals"]) for job in jobs(db, run_id)] == expected
+    take = "select (args -> 'depth')::integer from pgharness.take_job('{task}', null, except_depths => %s::jsonb)"
+    assert one(db, take, json.dumps({str(run_id): [2, 1]})) == 0
+    assert one(db, take, json.dumps({str(run_id): [2]})) == 1
+    assert one(db, take, json.dumps({str(run_id + 1): [2]})) == 2
+    assert one(db, take, json.dumps({str(run_id): [1]})) is None
 
 
 def test_a_run_past_its_time_fails(db: Connection[Any]) -> None:

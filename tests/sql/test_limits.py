@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -98,9 +99,9 @@ def test_a_lone_worker_gets_all_and_a_limit_that_is_lowered_or_raised_counts_at_
     assert lease(tx, register(tx, pid=2), model, 0, 5) == 0
     assert lease(tx, worker, model, 2, 5) == 2, "an equal share for each of two"
     tx.execute("update pgharness.models set max_concurrency = null where id = %s", (model,))
-    assert rows(tx, "select * from pgharness.lease_model(%s, %s, 2, 500)", worker, model) == [
-        {"granted": 502, "max_concurrency": None, "is_rate_limited": False, "blocked_seconds": 0}
-    ]
+    [answer] = rows(tx, "select * from pgharness.lease_model(%s, %s, 2, 500)", worker, model)
+    assert (answer["granted"], answer["max_concurrency"], answer["rate"]) == (502, None, None)
+    assert (answer["is_rate_limited"], answer["blocked_seconds"]) == (False, 0)
 
 
 def test_what_dead_workers_held_is_free_again(tx: Database) -> None:
@@ -272,3 +273,146 @@ def test_limits_of_a_model_that_does_not_exist_are_refused(tx: Database) -> None
             tx.execute(f"select * from pgharness.{call}".encode())
     with refused(tx, "23503", "987654321"):
         tx.execute("select * from pgharness.lease_model(987654321, %s, 0, 1)", (add_model(tx, max_concurrency=1),))
+
+
+# -- learned limits
+
+
+def tell(db: Database, worker: int, model: int, **told: object) -> Any:
+    """Report what calls met; return the answer."""
+    arguments = {"worker_id": worker, "model_id": model, "in_use": 10, "wanted": 100} | told
+    named = ", ".join(f"{name} => %s" for name in arguments)
+    return rows(db, f"select * from pgharness.lease_model({named})", *arguments.values())[0]
+
+
+def test_a_refusal_lowers_the_rate_to_just_below_what_was_accepted_once_for_all_calls_before(tx: Database) -> None:
+    model, first, second = add_model(tx), register(tx, pid=1), register(tx, pid=2)
+    set_clock(tx, 0)
+    assert tell(tx, first, model, accepted=60)["rate"] is None
+    assert tell(tx, second, model, accepted=40, refused=5, refused_ago=0.1)["rate"] == pytest.approx(47.5)
+    assert tell(tx, first, model, accepted=20, refused=5, refused_ago=0.2)["rate"] == pytest.approx(47.5), "known"
+    set_clock(tx, 0.5)
+    assert tell(tx, first, model, accepted=50, refused=5, refused_ago=0.1)["rate"] == pytest.approx(0.95 * 90 / 2)
+
+
+def test_a_few_refusals_lower_nothing(tx: Database) -> None:
+    model, worker = add_model(tx), register(tx)
+    set_clock(tx, 0)
+    assert tell(tx, worker, model, accepted=1_000, refused=5)["rate"] is None
+    assert tell(tx, worker, model, accepted=1_000, refused=6)["rate"] == pytest.approx(950)
+
+
+def test_a_rate_grows_gently_while_it_is_used_up_and_faster_the_longer_nothing_is_refused(tx: Database) -> None:
+    model, worker = add_model(tx), register(tx)
+    rates = []
+    for second in range(60):
+        set_clock(tx, second)
+        refused = 10 if second in (0, 2) else 0
+        told = tell(tx, worker, model, accepted=100, refused=refused, refused_ago=0.1, is_short=second < 50)
+        rates.append(told["rate"])
+    assert rates[0] == pytest.approx(95)
+    assert rates[1] == pytest.approx(95 * 1.1), "not confirmed yet: it may be far too low"
+    assert rates[2] == pytest.approx(95)
+    assert all(1.009 <= after / before <= 1.021 for before, after in itertools.pairwise(rates[2:12]))
+    assert rates[49] / rates[48] == pytest.approx(1.08)
+    assert rates[50:] == [rates[49]] * 10, "what is not used up is not too little"
+
+
+@EXAMPLES
+@given(demand=st.lists(st.tuples(st.floats(0, 200), st.integers(0, 50)), min_size=2, max_size=5))
+def test_workers_share_a_rate_and_what_one_does_not_use_is_for_the_others(
+    tx: Database, demand: list[tuple[float, int]]
+) -> None:
+    with tx.transaction(force_rollback=True):
+        model, workers = add_model(tx), [register(tx, pid=pid) for pid in range(len(demand))]
+        set_clock(tx, 0)
+        tell(tx, workers[0], model, accepted=100, refused=10)
+        shares = []
+        for _ in range(2):
+            shares = [
+                tell(tx, worker, model, accepted=min(accepted, 95 / len(demand)), wanted=wanted)["rate"]
+                for worker, (accepted, wanted) in zip(workers, demand, strict=True)
+            ]
+        assert all(share >= 95 / len(demand) - 1e-6 for share in shares)
+        greedy = [share for share, (_, wanted) in zip(shares, demand, strict=True) if wanted]
+        used = sum(min(accepted, 95 / len(demand)) for accepted, wanted in demand if not wanted)
+        assert sum(greedy) + used <= 95 * len(demand) and all(share <= 95 + 1e-6 for share in shares)
+        if len(greedy) == len(demand):
+            assert sum(shares) == pytest.approx(95)
+
+
+def test_a_learned_number_of_calls_in_flight_is_shared_like_a_configured_one_and_given_up(tx: Database) -> None:
+    model, first, second = add_model(tx), register(tx, pid=1), register(tx, pid=2)
+    set_clock(tx, 0)
+    tell(tx, first, model, accepted=100, refused=10)
+    tx.execute("update pgharness.model_limits set learned_concurrency = 20.9, trial_at = null")
+    answers = [tell(tx, worker, model, in_use=15) for worker in (first, second)]
+    assert [answer["max_concurrency"] for answer in answers] == [20, 20]
+    assert [answer["target"] for answer in answers] == [20, 10], "those beyond it are not replaced"
+    assert tell(tx, first, model, in_use=15)["target"] == 10
+
+
+def test_workers_begin_where_the_model_was_known_to_hold(tx: Database) -> None:
+    model, worker = add_model(tx), register(tx)
+    for peak, known in ((100, 100), (110, 100), (200, 200), (20, 200)):
+        assert tell(tx, worker, model, peak=peak)["proven_concurrency"] == known
+
+
+def test_everything_refused_is_a_wait_for_all_unless_others_are_answered(tx: Database) -> None:
+    model, first, second = add_model(tx), register(tx, pid=1), register(tx, pid=2)
+    set_clock(tx, 0)
+    tell(tx, second, model, accepted=50)
+    assert tell(tx, first, model, wait=30)["blocked_seconds"] == 0
+    tell(tx, second, model, accepted=0)
+    assert tell(tx, first, model, wait=30)["blocked_seconds"] == pytest.approx(30)
+    assert tell(tx, second, model)["blocked_seconds"] == pytest.approx(30)
+
+
+# -- circuit breakers
+
+
+def breaker(db: Database) -> tuple[str, int]:
+    [row] = rows(db, "select state, failures from pgharness.circuit_breakers")
+    return row["state"], row["failures"]
+
+
+def test_ten_failures_in_a_row_open_the_circuit_and_a_probe_at_a_time_tries_to_close_it(tx: Database) -> None:
+    model, first, second = add_model(tx), register(tx, pid=1), register(tx, pid=2)
+    set_clock(tx, 0)
+    tell(tx, first, model, failed=6, error="status 503")
+    tell(tx, second, model, answered=1)
+    assert breaker(tx) == ("closed", 0)
+    tell(tx, first, model, failed=6, error="status 503")
+    assert breaker(tx) == ("closed", 6)
+    answer = tell(tx, second, model, failed=4, in_use=3, error="status 503")
+    assert breaker(tx) == ("open", 10)
+    assert (answer["target"], answer["blocked_seconds"]) == (3, pytest.approx(1))
+    seconds = 0.0
+    for wait in (1, 2, 4, 8, 16, 32, 60, 60):
+        set_clock(tx, seconds := seconds + wait - 0.01)
+        assert tell(tx, first, model, in_use=0)["target"] == 0
+        set_clock(tx, seconds := seconds + 0.01)
+        probe = tell(tx, first, model, in_use=0)
+        assert (probe["target"], probe["blocked_seconds"]) == (1, 0)
+        assert tell(tx, second, model, in_use=0)["target"] == 0
+        assert breaker(tx)[0] == "half_open"
+        tell(tx, second, model, in_use=0, answered=1)
+        assert breaker(tx)[0] == "half_open", "an answer to a call from before says nothing"
+        tell(tx, first, model, in_use=0, failed=1, error="status 503")
+        assert breaker(tx)[0] == "open"
+    set_clock(tx, seconds + 60)
+    assert tell(tx, second, model, in_use=0)["target"] == 1
+    assert tell(tx, second, model, in_use=0, answered=1)["max_concurrency"] is None
+    assert breaker(tx) == ("closed", 0)
+    assert value(tx, "select last_error from pgharness.circuit_breakers") == "status 503"
+
+
+def test_a_probe_comes_when_the_provider_said_and_another_when_its_worker_died(tx: Database) -> None:
+    model, first, second = add_model(tx), register(tx, pid=1), register(tx, pid=2)
+    set_clock(tx, 0)
+    assert tell(tx, first, model, failed=10, wait=20.0, error="503")["blocked_seconds"] == pytest.approx(20)
+    set_clock(tx, 20)
+    assert tell(tx, first, model, in_use=0)["target"] == 1
+    assert tell(tx, second, model, in_use=0)["blocked_seconds"] == pytest.approx(125), "the model's timeout, and 5 s"
+    set_clock(tx, 145)
+    assert tell(tx, second, model, in_use=0)["target"] == 1

@@ -15,6 +15,7 @@ from pgharness.errors import (
     HarnessError,
     InvalidArgument,
     ModelError,
+    NotCached,
     NotFound,
     RateLimited,
     RequestRejected,
@@ -72,10 +73,10 @@ def test_a_docstring_is_the_default_message(kind: type[HarnessError]) -> None:
 
 
 @pytest.mark.parametrize("kind", MODEL_ERRORS)
-def test_only_waiting_spends_no_attempt_and_only_a_rejected_request_is_not_tried_again(kind: type[ModelError]) -> None:
+def test_only_waiting_spends_no_attempt_and_only_what_cannot_succeed_is_not_tried_again(kind: type[ModelError]) -> None:
     error = kind("what", retry_after=7, text="answer", http_status=500)
     assert error.spends_attempt is (kind not in (RateLimited, Unavailable))
-    assert error.is_retryable is (kind is not RequestRejected)
+    assert error.is_retryable is (kind not in (RequestRejected, NotCached))
     assert (error.retry_after, error.text, error.http_status) == (7, "answer", 500)
 
 

@@ -370,6 +370,7 @@ def _models(session: Session, connection: Connection[Any]) -> list[Check]:
     # here, for they take half a second to import
     from pgharness.gateway.plugged import METRIC_PREFIX
     from pgharness.gateway.providers import wire_format
+    from pgharness.gateway.transport import key_names
     from pgharness.types import ModelSpec
 
     used = {row[name] for row in database.rows(connection, "model_combinations") for name in ("generator", "grader")}
@@ -391,12 +392,12 @@ def _models(session: Session, connection: Connection[Any]) -> list[Check]:
                 remedy = "pgharness worker --allow-code, if you trust everyone who may insert models"
                 checks.append(Check(subject, "warning", f"runs code ({spec.provider})", remedy))
             continue
-        variable = spec.api_key_env or wire_format(spec).key_env
-        if variable is not None and os.environ.get(variable):
-            checks.append(Check(subject, "ok", f"its key {variable} is set here"))
-        elif variable is not None:
-            remedy = f"export {variable}=... where workers run"
-            checks.append(Check(subject, "warning", f"its key {variable} is not set here", remedy))
+        for variable in key_names(spec, wire_format(spec)):
+            if os.environ.get(variable):
+                checks.append(Check(subject, "ok", f"its key {variable} is set here"))
+            else:
+                remedy = f"export {variable}=... where workers run"
+                checks.append(Check(subject, "warning", f"its key {variable} is not set here", remedy))
     return checks
 
 

@@ -19,7 +19,7 @@ from rich.text import Text
 from pgharness import database
 from pgharness.cli.configs import ConfigFile, Set, fields, flattened, laid_over, read_config
 from pgharness.cli.records import compact, print_run, record_of
-from pgharness.cli.runs import EXIT_BY_STATUS, shortened
+from pgharness.cli.runs import EXIT_BY_STATUS, Cache, shortened
 from pgharness.cli.session import Session, print_json, session_of, shown, stderr, stdout, table
 from pgharness.database import Row
 from pgharness.errors import Conflict, HarnessError, InvalidArgument, NotFound
@@ -341,6 +341,7 @@ def run(
         bool, typer.Option("--reset", help="Begin with the defaults, and not with the instance's configuration.")
     ] = False,
     keep_trials: Annotated[bool, typer.Option("--keep-trials", help="Keep earlier trials of the instance.")] = False,
+    cache: Cache = None,
     detach: Annotated[bool, typer.Option("--detach", help="Leave it to workers.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -364,10 +365,12 @@ def run(
         database.call(connection, "register_experiment", **experiment.registration())
         _configure(connection, experiment, place, settings or (), reset=reset, is_silent=as_json)
         if detach:
-            receipt = database.call(connection, "start_run", instance=place, kind=kind, name=run_id)[0]
+            started = {"instance": place, "kind": kind, "name": run_id, "response_cache": cache}
+            receipt = database.call(connection, "start_run", **started)[0]
             _print_detached(connection, name, receipt, as_json)
             return
-    _run_here(session, experiment, {"instance": place, "kind": kind, "run_name": run_id}, keep_trials, as_json)
+    options = {"instance": place, "kind": kind, "run_name": run_id, "response_cache": cache}
+    _run_here(session, experiment, options, keep_trials, as_json)
 
 
 def _run_here(

@@ -57,6 +57,10 @@ def _named(name: str | None) -> str | None:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or id.")]
 Kind = Literal["trial", "milestone"]
+Cache = Annotated[
+    Literal["off", "read", "write", "replay"] | None,
+    typer.Option("--cache", help="Whether answers come from the response cache, and new ones go there."),
+]
 Key = Annotated[str | None, typer.Option(callback=_named, help="A second start with this key returns the first run.")]
 Budget = Annotated[Decimal | None, typer.Option(metavar="USD", parser=_usd, help="Pause when so much is spent.")]
 
@@ -114,6 +118,13 @@ def start(
         int | None, typer.Option(min=1, metavar="CALLS", help="Calls in flight on all workers together, at most.")
     ] = None,
     name: Annotated[str | None, typer.Option(callback=_named, help="Its name; default INSTANCE/NUMBER.")] = None,
+    batch_deadline: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="SECONDS", help="Ask in vendors' batches, and live what they lack by then; 0: live."
+        ),
+    ] = None,
+    cache: Cache = None,
     idempotency_key: Key = None,
     as_json: Json = False,
 ) -> None:
@@ -131,6 +142,8 @@ def start(
             priority=priority,
             max_concurrency=max_concurrency,
             name=name,
+            batch_deadline_seconds=batch_deadline,
+            response_cache=cache,
             idempotency_key=idempotency_key,
         )
         _print_receipt(connection, receipt[0], as_json)
@@ -140,15 +153,19 @@ def rerun(
     context: typer.Context,
     run: Run,
     kind: Annotated[Kind | None, typer.Option(help="What the new run is for; default as the earlier one.")] = None,
+    cache: Cache = None,
     idempotency_key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Start a new run with the frozen definition of an earlier one.
 
+    With --cache replay, a run that kept its answers is made again without asking a model.
+
     Example: pgharness rerun demo/1 --kind milestone
     """
     with session_of(context).connection() as connection:
-        receipt = database.call(connection, "rerun", run=run, kind=kind, idempotency_key=idempotency_key)
+        options = {"kind": kind, "response_cache": cache, "idempotency_key": idempotency_key}
+        receipt = database.call(connection, "rerun", run=run, **options)
         _print_receipt(connection, receipt[0], as_json)
 
 
@@ -523,7 +540,9 @@ def _nothing_runs(url: str) -> Callable[[], bool]:
     def is_idle() -> bool:
         try:
             with database.connect(url) as connection:
-                return not database.rows(connection, "runs", status="running", limit=1)
+                is_running = bool(database.rows(connection, "runs", status="running", limit=1))
+                # what a vendor has of a run that was cancelled costs money until it is cancelled there
+                return not is_running and not database.rows(connection, "batches_progress", is_open=True, limit=1)
         except (HarnessError, *TRANSIENT):
             return False  # a database that is away says nothing about the runs
 

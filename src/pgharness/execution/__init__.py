@@ -5,6 +5,8 @@ asked; a place is free for the next call before the last one's outcome is writte
 Running a slice twice does only what is missing.
 """
 
-from pgharness.execution.engine import Engine, HandedBack, Slice
+from pgharness.execution.batches import Batches
+from pgharness.execution.engine import Engine
+from pgharness.execution.slices import HandedBack, Slice
 
-__all__ = ["Engine", "HandedBack", "Slice"]
+__all__ = ["Batches", "Engine", "HandedBack", "Slice"]

@@ -10,6 +10,8 @@ from pgharness.database import Row
 from pgharness.execution.items import Item
 from pgharness.execution.requests import Requests
 from pgharness.gateway import Gateway
+from pgharness.gateway.cache import ResponseCache
+from pgharness.gateway.limits import Limits
 from pgharness.types import Completer, ItemKind, ModelSpec
 
 
@@ -32,8 +34,11 @@ class Combination:
 class Definition:
     """A run's frozen definition, with what is made of it once for all its items."""
 
-    def __init__(self, row: Row, gateway: Gateway) -> None:
+    def __init__(
+        self, row: Row, gateway: Gateway, limits: Limits | None = None, cache: ResponseCache | None = None
+    ) -> None:
         self.row = row
+        self.answers = None if cache is None else cache.answers(row["response_cache"], row["run_id"])
         self.stride: int = row["grade_stride"]
         self.combinations = {
             found["number"]: Combination(
@@ -45,6 +50,7 @@ class Definition:
             for found in row["combinations"]
         }
         self._gateway = gateway
+        self._limits = limits
         self._completers: dict[tuple[ItemKind, int], Completer] = {}
         self.requests = Requests(row)
 
@@ -52,7 +58,7 @@ class Definition:
         """Return what answers for an item's model. Raises ModelError when nothing here can."""
         key = (item.kind, item.combination_number)
         if key not in self._completers:
-            self._completers[key] = self._gateway.completer(item.spec)
+            self._completers[key] = self._gateway.completer(item.spec, self._limits, self.answers)
         return self._completers[key]
 
 
@@ -70,6 +76,7 @@ def next_grades(item: Item, combination: Combination, stride: int) -> list[Item]
             combination_number=item.combination_number,
             overlap=item.overlap,
             replication=number + 1,
+            note_replication=item.replication,
             rubric=rubric,
             note=item.note,
             slice=item.slice,
@@ -102,6 +109,7 @@ def loaded(rows: Sequence[Row], definition: Definition, inputs: Mapping[tuple[st
         if kind == "grade":
             item.rubric = inputs["rubrics", row["rubric_id"]] if row["rubric_id"] is not None else None
             item.note = inputs["notes", row["note_ordinal"]]
+            item.note_replication = row["note_ordinal"] // definition.row["notes_per_replication"] + 1
         else:
             item.rubrics = [inputs["rubrics", rubric_id] for rubric_id in row["rubric_ids"]]
         items.append(item)

@@ -10,105 +10,41 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import random
 import time
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from pgharness.database import TRANSIENT, Database, Line, Row
-from pgharness.errors import ModelError, RequestRejected
-from pgharness.execution.definition import Definition, loaded, next_grades
-from pgharness.execution.items import CallRecord, Item, estimated_tokens, model_error, used_tokens
+from pgharness.database import Database, Row
+from pgharness.database import Line as DatabaseLine
+from pgharness.execution.definition import Definition, next_grades
+from pgharness.execution.items import Item
+from pgharness.execution.lines import Line, Open, Run, close, goes_before
 from pgharness.execution.recorder import Recorder
+from pgharness.execution.slices import HandedBack, Loader, Slice
+from pgharness.execution.tries import ASKED, Call, Tries
 from pgharness.gateway import Gateway
+from pgharness.gateway.cache import ResponseCache
+from pgharness.gateway.calls import estimated_tokens
 from pgharness.gateway.limits import Gate, Limits
-from pgharness.types import Completer, Completion, ItemKind, Request
+from pgharness.types import ItemKind
 
 logger = logging.getLogger(__name__)
-_CRASH_LIMIT = 5
 _SUSPECT_AFTER = 3  # a slice of one item that came back so often is run alone, with its crash charged beforehand
-_CACHED_INPUTS = 2_000
 _CACHED_RUNS = 50
 _ROOM_SECONDS = 0.25  # so long the items that wait should last while the next slice is fetched
 _MOST_UNWRITTEN = 5_000  # outcomes: beyond that no call begins, for the database does not keep up
 _MOST_NEWS = 1_000  # items taken beyond that, so that a run which has just started need not wait for a big one
 
 
-class HandedBack(Exception):
-    """Not all of a slice was done, because the worker or the run is stopping: it goes back to the queue."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Call(Call):
+    """A try that takes a place, of the run that it is for."""
 
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """One queue job: a range of ordinals, or a list of them."""
-
-    run_id: int
-    kind: ItemKind
-    epoch: int
-    first: int | None = None
-    last: int | None = None
-    ordinals: list[int] | None = None
-    crashes: int = 0
-    keeps_grades: bool | None = None
-    job_id: int | None = None
-    experiment: str | None = None  # of code
-
-
-@dataclass(slots=True, eq=False)
-class _Open:
-    """A slice that is being worked on."""
-
-    work: Slice
-    left: int
-    done: asyncio.Future[None]
-    is_whole: bool = True  # nothing of it was left undone
-
-
-@dataclass(slots=True, eq=False)
-class _Line:
-    """Items of a run that wait for a place and for one model."""
-
-    kind: ItemKind
-    gate: Gate | None
-    items: deque[Item] = field(default_factory=deque)
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """A run as this worker knows it: its frozen definition, and what the database last said of its state."""
-
-    run_id: int
-    definition: Definition
-    priority: int
-    status: str = "running"
-    epoch: int = 0
-    slices: int = 0
-    gate: Gate | None = None  # when its calls are capped
-    lines: dict[tuple[ItemKind, int], _Line] = field(default_factory=dict)
-    waiting: int = 0
-    items: int = 0  # those in slices, waiting, in flight and being recorded
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    in_flight: Counter[ItemKind] = field(default_factory=Counter)
-
-    def wants(self, work: Slice) -> bool:
-        """Tell whether a slice is waited for: what a run that stopped has left comes back under a later epoch."""
-        return self.status == "running" and self.epoch == work.epoch
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """An item that is tried now, with what it takes."""
-
-    run: _Run
-    item: Item
-    completer: Completer
-    request: Request
-    gate: Gate | None
+    run: Run
     run_gate: Gate | None
-    charged: float = 0.0
     has_begun: bool = False
 
 
@@ -129,19 +65,23 @@ class Engine:
         self._worker_id = worker_id
         self.concurrency = concurrency
         self._free = concurrency
-        self._limits = Limits(database, worker_id, self._fill_places)
+        self._limits = Limits(database, worker_id, self._fill_places, lambda: self._recorder.unwritten)
+        self._cache = ResponseCache(database, worker_id)
         self._recorder = Recorder(
-            Line(database.url, application_name="pgharness recorder"),
+            DatabaseLine(database.url, application_name="pgharness recorder"),
             worker_id,
             keeps_grades="note" in queues and "grade" in queues,
             on_written=self._on_written,
             on_lost=self._on_lost,
         )
-        self._runs: OrderedDict[int, _Run] = OrderedDict()
-        self._inputs: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._loader = Loader(database, worker_id)
+        self._tries = Tries(self._loader, self._recorder.add)
+        self._runs: OrderedDict[int, Run] = OrderedDict()
         self._claims: dict[tuple[int, ItemKind, int], Item] = {}
         self._suspect: Item | None = None  # the one that runs alone
         self._waiting = 0
+        self._looking = 0  # items that are looked up in the response cache
+        self._parked = 0  # items whose answer somebody else is getting
         self._loading = 0
         self._has_news = False
         self._sated: int | None = None  # the run whose turn it is in the queue, when it had its share here
@@ -212,7 +152,7 @@ class Engine:
             self._sharing = asyncio.create_task(self._share(idle))
         self._fill_places()
 
-    def _learn(self, run: _Run, status: str, epoch: int) -> None:
+    def _learn(self, run: Run, status: str, epoch: int) -> None:
         is_newer = epoch > run.epoch
         run.status, run.epoch = status, max(epoch, run.epoch)
         if status in ("cancelled", "failed", "deleted"):
@@ -221,7 +161,12 @@ class Engine:
         if status != "running" or is_newer:
             self._drop(run)  # they may have long to wait, and others wait for them
 
-    def _cap(self, run: _Run, max_concurrency: int | None) -> None:
+    def _renew(self, run: Run, epoch: int) -> None:
+        """Learn of an epoch by a slice of it that has something left: otherwise it would have nothing."""
+        if epoch > run.epoch:
+            self._learn(run, "running", epoch)
+
+    def _cap(self, run: Run, max_concurrency: int | None) -> None:
         if (run.gate is not None) == (max_concurrency is not None):
             return
         if run.gate is not None:
@@ -238,7 +183,7 @@ class Engine:
 
     def drain(self) -> None:
         """Start no more items; those in flight end, and slices hand back the rest."""
-        self.is_draining = True
+        self.is_draining = self._loader.is_stopping = True
         for run in self._runs.values():
             self._drop(run)
         self._update_room()
@@ -257,6 +202,7 @@ class Engine:
         if self._sharing is not None:
             self._sharing.cancel()
         await self._recorder.close()
+        await self._cache.close()
         await self._limits.close()
 
     # -- slices
@@ -268,10 +214,10 @@ class Engine:
         if run is None:
             return
         run.slices += 1  # and is not forgotten from here on
-        opened = _Open(work, 0, asyncio.get_running_loop().create_future())
+        opened = Open(work, 0, asyncio.get_running_loop().create_future())
         try:
             with self._loads():
-                items = await self._load_items(run, work)
+                items = await self._loader.items(run.definition, work, lambda: self._renew(run, work.epoch))
                 opened.left = len(items)
                 if work.crashes >= _SUSPECT_AFTER and len(items) == 1:
                     items[0].is_suspect = True
@@ -292,72 +238,24 @@ class Engine:
         if not opened.is_whole and run.wants(work):
             raise HandedBack
 
-    async def _load_run(self, run_id: int) -> _Run | None:
+    async def _load_run(self, run_id: int) -> Run | None:
         if run_id not in self._runs:
-            row = (await self._persist("load_run", run_id=run_id))[0]["load_run"]
+            row = (await self._loader.persist("load_run", run_id=run_id))[0]["load_run"]
             if row is None:
                 return None
             # another slice may have loaded it meanwhile; there must be one, or its state would not reach all tasks
             if run_id not in self._runs:
-                self._runs[run_id] = _Run(run_id, Definition(row, self._gateway), row["priority"])
+                definition = Definition(row, self._gateway, self._limits, self._cache)
+                self._runs[run_id] = Run(run_id, definition, row["priority"])
                 self._cap(self._runs[run_id], row["max_concurrency"])
             idle = [old for old in self._runs.values() if not old.slices and not old.items and old.run_id != run_id]
             for old in idle[: max(len(self._runs) - _CACHED_RUNS, 0)]:
                 del self._runs[old.run_id]
         return self._runs[run_id]
 
-    async def _load_items(self, run: _Run, work: Slice) -> list[Item]:
-        rows = await self._persist(
-            "load_slice",
-            worker_id=self._worker_id,
-            slice={name: value for name, value in asdict(work).items() if value is not None},
-        )
-        if not rows:
-            return []
-        if work.epoch > run.epoch:
-            self._learn(run, "running", work.epoch)  # or it would have given nothing
-        wanted = {("cases", row["case_id"]) for row in rows}
-        wanted |= {("rubrics", row["rubric_id"]) for row in rows if row["rubric_id"] is not None}
-        wanted |= {("rubrics", rubric_id) for row in rows for rubric_id in row["rubric_ids"] or ()}
-        inputs = {key: self._inputs[key] for key in wanted if key in self._inputs}  # now: others may push them out
-        missing = wanted - inputs.keys()
-        notes = sorted({row["note_ordinal"] for row in rows if row["kind"] == "grade"})
-        if missing or notes:
-            found = (
-                await self._persist(
-                    "load_inputs",
-                    run_id=work.run_id,
-                    cases=[id for table, id in missing if table == "cases"],
-                    rubrics=[id for table, id in missing if table == "rubrics"],
-                    notes=notes,
-                )
-            )[0]["load_inputs"]
-            for table in ("cases", "rubrics", "notes"):
-                for id, content in (found.get(table) or {}).items():
-                    inputs[table, int(id)] = content
-        for key in wanted:
-            self._inputs[key] = inputs[key]
-            self._inputs.move_to_end(key)
-        while len(self._inputs) > _CACHED_INPUTS:
-            self._inputs.popitem(last=False)
-        return loaded(rows, run.definition, inputs)
-
-    async def _persist(self, function: str, /, **args: object) -> list[Row]:
-        """Call the database until it answers, or the worker stops."""
-        delay = 0.1
-        while True:
-            try:
-                return await self._database.call(function, **args)
-            except TRANSIENT as exc:
-                if self.is_draining:
-                    raise HandedBack from exc
-                logger.warning("the database did not answer %s: %s", function, exc)
-                await asyncio.sleep(delay * (0.5 + random.random()))
-                delay = min(delay * 2, 5.0)
-
     async def _share(self, idle: int) -> None:
         """Give back part of what waits here, because other workers have nothing to do."""
-        given: dict[_Open, list[Item]] = {}
+        given: dict[Open, list[Item]] = {}
         for run in self._runs.values():
             for line in run.lines.values():
                 # as much as those workers would do of it while we do the rest, from the end of the line
@@ -390,7 +288,7 @@ class Engine:
 
     # -- lines and places
 
-    def _enqueue(self, run: _Run, item: Item) -> None:
+    def _enqueue(self, run: Run, item: Item) -> None:
         if (claimed := self._claims.get(item.key)) is not None:
             claimed.twins.append(item)  # another slice of this process has it
             return
@@ -404,11 +302,16 @@ class Engine:
             except Exception as exc:
                 outcome = item.failed(exc)
             self._recorder.add(outcome, item)
-            return
+        elif run.definition.answers is not None and item.spec.provider != "metric":
+            self._seek(run, item)
+        else:
+            self._line_up(run, item)
+
+    def _line_up(self, run: Run, item: Item) -> None:
         key = (item.kind, item.spec.id)
         line = run.lines.get(key)
         if line is None:
-            line = run.lines[key] = _Line(item.kind, self._limits.of_model(item.spec))
+            line = run.lines[key] = Line(item.kind, self._limits.of_model(item.spec))
         line.items.append(item)
         run.waiting += 1
         self._waiting += 1
@@ -417,7 +320,7 @@ class Engine:
         if run.gate is not None:
             run.gate.waiting += 1
 
-    def _leave_line(self, run: _Run, line: _Line) -> None:
+    def _leave_line(self, run: Run, line: Line) -> None:
         """Count that an item was taken from its line."""
         run.waiting -= 1
         self._waiting -= 1
@@ -426,8 +329,50 @@ class Engine:
         if run.gate is not None:
             run.gate.waiting -= 1
 
-    def _drop(self, run: _Run, opened: _Open | None = None) -> None:
+    # -- the response cache
+
+    def _seek(self, run: Run, item: Item, *, is_asked: bool = False) -> None:
+        """Look for an item's answer before it waits for any place or limit; or wait for one that somebody else asks."""
+        task = asyncio.get_running_loop().create_task(self._tries.answer_of(item, run.definition, is_asked=is_asked))
+        run.seeking[item] = task
+        if is_asked:
+            self._parked += 1
+        else:
+            self._looking += 1
+        task.add_done_callback(functools.partial(self._sought, run, item, is_asked))
+
+    def _sought(self, run: Run, item: Item, is_asked: bool, task: asyncio.Task[Row | None]) -> None:
+        del run.seeking[item]
+        if is_asked:
+            self._parked -= 1
+        else:
+            self._looking -= 1
+        if task.cancelled():
+            self._end(item, is_over=False)
+        elif (outcome := task.result()) is not None:
+            self._started.append(time.monotonic())
+            self._recorder.add(outcome, item)
+        elif self.is_draining or not run.wants(item.slice.work):
+            self._end(item, is_over=False)
+        else:
+            self._prepare(run, item, is_gated=True)
+            self._line_up(run, item)
+        self._fill_places()
+
+    def _park(self, call: _Call) -> None:
+        """Let an item wait, without a place, for the answer that somebody else asks."""
+        if self._suspect is call.item:
+            self._suspect = None
+        if self.is_draining or not call.run.wants(call.item.slice.work):
+            self._end(call.item, is_over=False)
+        else:
+            self._seek(call.run, call.item, is_asked=True)
+
+    def _drop(self, run: Run, opened: Open | None = None) -> None:
         """End what waits of a run, or of one of its slices, without trying it."""
+        for item, task in run.seeking.items():
+            if opened is None or item.slice is opened:
+                task.cancel()
         for line in run.lines.values():
             items, line.items = line.items, deque()
             for item in items:
@@ -462,7 +407,10 @@ class Engine:
                 assert item.trouble is not None
                 self._recorder.add(item.failed(item.trouble), item)
                 continue
-            call = _Call(run, item, run.definition.completer(item), request, line.gate, run.gate)
+            definition = run.definition
+            call = _Call(
+                item, definition.answers, definition.completer(item), request, line.gate, run=run, run_gate=run.gate
+            )
             call.charged = line.gate.enter() if line.gate is not None else 0.0
             if run.gate is not None:
                 run.gate.enter()
@@ -473,7 +421,7 @@ class Engine:
             return call
         return None
 
-    def _next(self) -> tuple[_Run, _Line] | None:
+    def _next(self) -> tuple[Run, Line] | None:
         """Return the line whose first item begins next, or None when nothing may."""
         runs = [run for run in self._runs.values() if run.waiting]
         if len(runs) > 1:
@@ -481,9 +429,9 @@ class Engine:
         for run in runs:
             if run.gate is not None and not run.gate.admits():
                 continue
-            best: _Line | None = None
+            best: Line | None = None
             for line in run.lines.values():
-                if not line.items or (best is not None and not _goes_before(line, best)):
+                if not line.items or (best is not None and not goes_before(line, best)):
                     continue
                 item = line.items[0]
                 if item.is_suspect and self._suspect is not None:
@@ -499,16 +447,16 @@ class Engine:
                 return run, best
         return None
 
-    def _prepare(self, run: _Run, item: Item, *, is_gated: bool) -> None:
+    def _prepare(self, run: Run, item: Item, *, is_gated: bool) -> None:
         """Make what an item asks, or keep why it cannot be made."""
         try:
             run.definition.completer(item)
-            request = run.definition.requests.of(item)
+            request = item.request or run.definition.requests.of(item)
             if is_gated:
                 item.tokens = estimated_tokens(request, item.spec)
             item.request = request
         except Exception as exc:
-            item.trouble = exc
+            item.request, item.trouble = None, exc
 
     # -- places
 
@@ -520,7 +468,7 @@ class Engine:
             call.has_begun = True
             outcome = None
             try:
-                outcome = await (self._try_alone(call) if call.item.is_suspect else self._try(call))
+                outcome = await (self._tries.make_alone(call) if call.item.is_suspect else self._tries.make(call))
             except asyncio.CancelledError:
                 task.uncancel()  # it was the call that was cancelled, not the place
             except Exception:
@@ -529,6 +477,8 @@ class Engine:
             self._leave(call)
             if outcome is None:
                 self._end(call.item, is_over=False)
+            elif outcome is ASKED:
+                self._park(call)
             else:
                 self._recorder.add(outcome, call.item)
             call = self._next_call()
@@ -549,51 +499,21 @@ class Engine:
     def _leave(self, call: _Call) -> None:
         call.run.in_flight[call.item.kind] -= 1
         if call.gate is not None:
-            call.gate.leave()
+            call.gate.leave(call.began, call.error)
         if call.run_gate is not None:
             call.run_gate.leave()
-
-    async def _try(self, call: _Call) -> Row:
-        """Make the one call of this try and return its outcome; a cancelled call is recorded as such."""
-        item, gate = call.item, call.gate
-        record = CallRecord(item.spec)
-        completion: Completion | None = None
-        error: ModelError
-        try:
-            completion = await call.completer(call.request)
-            answer = item.read(completion)
-        except asyncio.CancelledError:
-            self._recorder.add(item.outcome("cancelled", [record.cancelled()]))
-            raise
-        except Exception as exc:
-            error = model_error(exc)
-        else:
-            if gate is not None:
-                gate.settle(call.charged, completion.usage.input_tokens + completion.usage.output_tokens)
-            return item.outcome("succeeded", [record.succeeded(completion)]) | answer
-        if error.retry_after is not None and not error.spends_attempt:
-            self._limits.block(item.spec, error.retry_after)
-        if gate is not None:
-            gate.settle(call.charged, sum(used_tokens(completion or error)[:2]))
-        return item.failed(error, [record.failed(error, completion)])
-
-    async def _try_alone(self, call: _Call) -> Row:
-        """Make a try that may kill this process: count the crash that follows if it does; fail after enough."""
-        item = call.item
-        charged = await self._persist("charge_crash", run_id=item.run_id, kind=item.kind, ordinal=item.ordinal)
-        if charged[0]["charge_crash"] > _CRASH_LIMIT:
-            error = RequestRejected(f"the worker process died {_CRASH_LIMIT} times while it ran this item alone")
-            return item.failed(error) | {"cause": "crashed"}
-        return await self._try(call)
 
     # -- ends
 
     def _on_written(self, written: Sequence[tuple[Row, Any]], states: Sequence[Row], is_repeated: bool) -> None:
         self.apply_states(states)
         kept = {state["run_id"]: None if state["kept_notes"] is None else set(state["kept_notes"]) for state in states}
+        self._cache.hear(item.question_key for _, item in written if item is not None and item.question_key is not None)
         for outcome, item in written:
             if item is None:
                 continue
+            if outcome.get("cause") == "not_recordable":
+                self._give_up(item)
             if item.kind == "note" and outcome["result"] == "succeeded":
                 notes = kept.get(item.run_id)
                 if is_repeated and notes is None:
@@ -617,8 +537,15 @@ class Engine:
         for grade in grades:
             self._enqueue(run, grade)
 
+    def _give_up(self, item: Item) -> None:
+        """Let others ask what an item asked: its answer was not kept."""
+        answers = self._runs[item.run_id].definition.answers
+        if answers is not None and item.question_key is not None:
+            answers.release(item.question_key)
+
     def _on_lost(self, item: Any, error: Exception) -> None:
         if item is not None:
+            self._give_up(item)
             self._end(item, is_over=False)
 
     def _end(self, item: Item, *, is_over: bool, is_made: bool = True) -> None:
@@ -630,10 +557,10 @@ class Engine:
         del self._claims[item.key]
         run = self._runs[item.run_id]
         twins, item.twins = item.twins, []
-        _close(run, item, is_over)
+        close(run, item, is_over)
         for twin in twins:
             if is_over and is_made and item.tries >= twin.tries:  # the same try, or a later one
-                _close(run, twin, True)
+                close(run, twin, True)
             else:
                 self._enqueue(run, twin)
 
@@ -676,7 +603,9 @@ class Engine:
         return count
 
     def _needs_more(self) -> bool:
-        ready = self._ready()
+        if self._recorder.backlog > _MOST_UNWRITTEN:
+            return False
+        ready = self._ready() + self._looking + max(self._parked - _MOST_NEWS, 0)
         return ready < self.concurrency or ready < self._enough()
 
     def _is_short_of(self, run_id: int) -> bool:
@@ -688,18 +617,3 @@ class Engine:
             return True
         rivals = sum(1 for other in self._runs.values() if other.items and other.priority >= run.priority)
         return run.waiting * rivals < self.concurrency
-
-
-def _close(run: _Run, item: Item, is_over: bool) -> None:
-    opened, item.slice = item.slice, None
-    run.items -= 1
-    opened.left -= 1
-    opened.is_whole = opened.is_whole and is_over
-    if not opened.left and not opened.done.done():
-        opened.done.set_result(None)
-
-
-def _goes_before(line: _Line, other: _Line) -> bool:
-    if line.kind != other.kind:
-        return line.kind == "grade"
-    return line.items[0].ordinal < other.items[0].ordinal

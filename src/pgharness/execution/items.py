@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from pgharness.database import Row
-from pgharness.errors import CodeFailed, InvalidOutput, ModelError
+from pgharness.errors import InvalidOutput, ModelError
+from pgharness.gateway.cache import Stored
+from pgharness.gateway.calls import CallRecord, model_error
 from pgharness.gateway.plugged import METRIC_PREFIX
 from pgharness.grading import read_verdicts, score_metric
 from pgharness.types import Completion, ItemKind, ModelSpec, Request
 
-logger = logging.getLogger(__name__)
-_OUTPUT_TOKENS_GUESS = 500
 _LONGEST_ERROR = 4_000
 _LONGEST_ANSWER = 100_000
 
@@ -36,6 +32,7 @@ class Item:
     replication: int
     rubric: Row | None = None  # of a grade
     note: Any = None  # of a grade
+    note_replication: int = 0  # of a grade: which of its case's notes it scores
     rubrics: Sequence[Row] = ()  # of a note: by which its grades are made
     tries: int = 0
     cause: str | None = None
@@ -45,6 +42,8 @@ class Item:
     slice: Any = None  # the open slice that waits for it, until it has ended
     request: Request | None = None
     tokens: int = 0
+    question_key: bytes | None = None  # of what it asks, in the response cache
+    has_unusable: bool = False  # the cache has an answer to it, and that is of no use
     trouble: Exception | None = None  # why it cannot be asked
     twins: list[Item] = field(default_factory=list)  # the same item, as other slices brought it
 
@@ -69,6 +68,12 @@ class Item:
             "calls": calls,
         }
 
+    def answered(self, record: CallRecord, stored: Stored) -> Row:
+        """Return the outcome of a try that the response cache answered. Raises InvalidOutput if it is of no use."""
+        assert self.question_key is not None
+        answer = self.read(stored.completion)
+        return self.outcome("succeeded", [record.cached(self.question_key, stored)]) | answer
+
     def failed(self, error: Exception, calls: Sequence[Row] = ()) -> Row:
         """Return the outcome of a try that failed."""
         return self.outcome("failed", calls) | failure_fields(model_error(error))
@@ -90,68 +95,6 @@ class Item:
         return {"verdicts": read_verdicts(completion.data, count, text=completion.text)}
 
 
-class CallRecord:
-    """One request to a model while it is under way; each of its ends gives the row of `calls`."""
-
-    __slots__ = ("_spec", "_start", "_started_at")
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self._spec = spec
-        self._started_at = datetime.now(UTC)
-        self._start = time.perf_counter()
-
-    def _row(self, outcome: str) -> Row:
-        return {
-            "model_id": self._spec.id,
-            "started_at": self._started_at,
-            "latency_ms": (time.perf_counter() - self._start) * 1000,
-            "outcome": outcome,
-        }
-
-    def cancelled(self) -> Row:
-        return self._row("cancelled")
-
-    def failed(self, error: ModelError, completion: Completion | None) -> Row:
-        """Return the row of a call that failed, or whose answer could not be used."""
-        answer = error.text or (completion.text if completion else None)
-        row = self._row(error.outcome)
-        row["error"] = str(error)[:_LONGEST_ERROR]
-        row["answer"] = answer[:_LONGEST_ANSWER] if answer else None
-        row["http_status"] = error.http_status
-        return row | self._reply(completion or error, used_tokens(completion or error))
-
-    def succeeded(self, completion: Completion) -> Row:
-        row = self._row("succeeded")
-        row["http_status"] = completion.http_status
-        return row | self._reply(completion, used_tokens(completion))
-
-    def _reply(self, reply: Completion | ModelError, used: tuple[int, int, int]) -> Row:
-        return {
-            "input_tokens": used[0],
-            "output_tokens": used[1],
-            "cached_tokens": used[2],
-            "cost_usd": self._spec.price(*used),
-            "finish_reason": reply.finish_reason,
-            "request_id": reply.request_id,
-            "answered_by": reply.model if isinstance(reply, Completion) else None,
-        }
-
-
-def used_tokens(reply: Completion | ModelError) -> tuple[int, int, int]:
-    """Return the input, output and cached tokens of a reply."""
-    usage = reply.usage if isinstance(reply, Completion) else reply
-    return usage.input_tokens, usage.output_tokens, usage.cached_tokens
-
-
-def model_error(error: Exception) -> ModelError:
-    """Return a ModelError as it is, and anything unexpected as the failure of code that it is."""
-    if isinstance(error, ModelError):
-        return error
-    logger.error("an item failed with an unexpected error", exc_info=error)
-    text = "".join(traceback.format_exception(error))[-8000:]
-    return CodeFailed(f"{type(error).__name__}: {error}", text=text)
-
-
 def failure_fields(error: ModelError) -> Row:
     """Return what a failed outcome says beyond the common part."""
     return {
@@ -162,9 +105,3 @@ def failure_fields(error: ModelError) -> Row:
         "spends_attempt": error.spends_attempt,
         "retry_after": error.retry_after,
     }
-
-
-def estimated_tokens(request: Request, spec: ModelSpec) -> int:
-    """Return about how many tokens a call will count against a quota."""
-    limit = spec.parameters.get("max_tokens") or _OUTPUT_TOKENS_GUESS
-    return sum([len(message.content) for message in request.messages]) // 4 + int(limit)

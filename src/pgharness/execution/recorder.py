@@ -56,6 +56,7 @@ class Recorder:
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Entry] = deque()
+        self._writing = 0
         self._wake = threading.Event()
         self._has_group = threading.Event()
         self._is_closing = False
@@ -75,6 +76,11 @@ class Recorder:
     def backlog(self) -> int:
         """How many outcomes wait to be written."""
         return len(self._queue)
+
+    @property
+    def unwritten(self) -> int:
+        """How many outcomes wait to be written, or are being written."""
+        return len(self._queue) + self._writing
 
     def hurry(self) -> None:
         """From now on, give up on a database that stays away."""
@@ -100,11 +106,13 @@ class Recorder:
                 while self._queue and len(batch) < _BATCH_ITEMS and size < _BATCH_BYTES:
                     batch.append(self._queue.popleft())
                     size += len(batch[-1].text)
+                    self._writing = len(batch)
                 try:
                     self._write(batch)
                 except Exception as exc:  # whatever it is, those who wait are told, and the recorder lives on
                     logger.exception("%s outcomes could not be written", len(batch))
                     self._lose(batch, exc)
+                self._writing = 0
         self._line.close()
 
     def _write(self, batch: list[_Entry]) -> None:
@@ -186,7 +194,8 @@ def _refused(outcome: Row, error: Exception) -> Row | None:
         return None
     failed = {key: outcome[key] for key in ("run_id", "kind", "ordinal", "attempt")} | {"result": "failed"}
     failed |= failure_fields(RequestRejected(f"the outcome could not be recorded: {error}"))
-    calls = [] if was_refused else [call | {"answer": None, "error": None} for call in outcome["calls"]]
+    left_out = {"answer": None, "error": None, "response": None}
+    calls = [] if was_refused else [call | left_out for call in outcome["calls"]]
     return failed | {"cause": "not_recordable", "calls": calls}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, get_args
@@ -10,12 +11,11 @@ from typing import Any, get_args
 from pgharness.database import Row
 from pgharness.errors import InvalidOutput
 from pgharness.execution.items import Item
+from pgharness.gateway.calls import facts_for, reads_items
 from pgharness.grading import criteria_values, verdict_schema
 from pgharness.prompts import Outline, Prompt, case_facts, text_of
 from pgharness.types import ItemKind, Message, Request
 
-_CODE = ("command", "python", "plugin")
-_ITEM_READERS = (*_CODE, "simulator")  # those that see the case itself, not messages alone
 _CACHED_INPUTS = 1_000
 
 
@@ -49,7 +49,7 @@ class Requests:
             return Request(messages=(), seed=self._seed(item), attempt=item.tries + 1, item=given)
         prompt = self._prompt(item.kind)
         inputs = self._inputs_of(item, prompt)
-        messages = self._messages(item, prompt, inputs)
+        question = messages = self._messages(item, prompt, inputs)
         if item.cause == InvalidOutput.outcome and item.answer:
             messages += (
                 Message("assistant", item.answer),
@@ -65,7 +65,12 @@ class Requests:
             is_reasoning=item.spec.is_reasoning,
             seed=self._seed(item),
             attempt=item.tries + 1,
-            item=self._item_facts(item, inputs) if item.spec.provider in _ITEM_READERS else {},
+            item=self._item_facts(item, inputs) if reads_items(item.spec) else {},
+            replication=item.replication,
+            run_seed=self._definition["seed"],
+            note_replication=item.note_replication,
+            question=None if messages is question else question,
+            rejected=item.tries if item.cause == InvalidOutput.outcome else 0,
         )
 
     def _prompt(self, kind: ItemKind) -> Prompt:
@@ -103,14 +108,11 @@ class Requests:
             values["note"] = note
         return prompt.render(values)
 
-    def _item_facts(self, item: Item, inputs: _Inputs) -> dict[str, Any]:
-        case = item.case
-        if item.kind == "note" and item.spec.provider in _CODE:
-            case = {name: value for name, value in case.items() if name != "target"}  # the answer is not given away
-        facts = {"case": case, "overlap": item.overlap, "replication": item.replication, **self._facts}
+    def _item_facts(self, item: Item, inputs: _Inputs) -> Mapping[str, Any]:
+        facts = {"case": item.case, "overlap": item.overlap, "replication": item.replication, **self._facts}
         if item.kind == "grade":
             facts |= {"note": item.note, "rubric": {"criteria": inputs.criteria}}
-        return facts
+        return facts_for(item.spec, facts)
 
     def _seed(self, item: Item) -> int:
         """Return an item's own seed (31 bits, which every provider takes), from the run's."""

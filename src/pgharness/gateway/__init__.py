@@ -1,18 +1,26 @@
 """Everything that answers is a Completer: providers over HTTP, programs, Python callables, plugins, the simulator.
 
-One request is one call: nothing here retries, because tries are durable rows and belong to the caller.
+Composites (ensembles, hedges) are Completers of Completers. One request is one call of each: nothing here retries,
+because tries are durable rows and belong to the caller.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from pgharness.database import Database
 from pgharness.errors import RequestRejected
+from pgharness.gateway.cache import Answers
 from pgharness.gateway.callables import PythonCallable
+from pgharness.gateway.calls import Member
 from pgharness.gateway.command import Command
+from pgharness.gateway.ensemble import Ensemble
+from pgharness.gateway.hedging import Hedge
+from pgharness.gateway.limits import Limits
+from pgharness.gateway.observations import Observations
 from pgharness.gateway.plugged import METRIC_PREFIX, PluginMetric, PluginModel
 from pgharness.gateway.simulator import Simulator
-from pgharness.gateway.transport import Transport
+from pgharness.gateway.transport import Account, Transport
 from pgharness.plugins import IMPORT_SECONDS
 from pgharness.types import Completer, ModelSpec
 
@@ -24,7 +32,8 @@ class Gateway:
 
     `allows_code` says whether `command` and `python` models may run here: they execute what a database row names, so a
     worker has to be told to trust its database's authors. Plugins are what an operator installed, so they may run
-    anywhere; `plugin_seconds` is how long importing one may take.
+    anywhere; `plugin_seconds` is how long importing one may take. `database` is where workers share what they learn
+    about models; without one, each process learns alone.
     """
 
     def __init__(
@@ -34,16 +43,26 @@ class Gateway:
         allows_code: bool = False,
         plugin_seconds: float = IMPORT_SECONDS,
         transport: Transport | None = None,
+        database: Database | None = None,
     ) -> None:
         self._cache_root = cache_root
         self._allows_code = allows_code
         self._plugin_seconds = plugin_seconds
         self._transport = transport or Transport()
+        self._observations = Observations(database)
         self._code: dict[str, Completer] = {}
 
-    def completer(self, spec: ModelSpec) -> Completer:
-        """Return what answers for a model. Raises RequestRejected for one that this worker does not run."""
+    def completer(self, spec: ModelSpec, limits: Limits | None = None, answers: Answers | None = None) -> Completer:
+        """Return what answers for a model. Raises RequestRejected for one that this worker does not run.
+
+        Whoever calls it keeps to the model's own limits; the members of a composite keep to theirs by `limits`.
+        Likewise whoever calls it looks into the response cache first, and members look by `answers`.
+        """
         match spec.provider:
+            case "ensemble":
+                return Ensemble(spec, self._members(spec, limits, answers), allows_code=self._allows_code)
+            case "hedge":
+                return Hedge(spec, self._members(spec, limits, answers), self._observations)
             case "simulator":
                 return Simulator(spec)
             case "command" | "python":
@@ -63,6 +82,13 @@ class Gateway:
             case _:
                 return self._transport.completer(spec)
 
+    def account(self, spec: ModelSpec) -> Account:
+        """Return what else the vendor of a model does for the holder of its key: files and batches."""
+        return self._transport.account(spec)
+
+    def _members(self, spec: ModelSpec, limits: Limits | None, answers: Answers | None) -> list[Member]:
+        return [Member(member, self.completer(member, limits, answers), limits, answers) for member in spec.members]
+
     def _kept(self, spec: ModelSpec) -> Completer:
         """Return the one for all runs: it bounds its threads, and keeps to the commit it first resolved."""
         key = spec.model_dump_json()
@@ -79,4 +105,5 @@ class Gateway:
         return self._code[key]
 
     async def aclose(self) -> None:
+        await self._observations.aclose()
         await self._transport.aclose()

@@ -207,8 +207,8 @@ class Function(ABC):
         return self._kept("".join(traceback.format_exception(exc)))[-_KEPT_CHARACTERS:]
 
     def _kept(self, text: str) -> str:
-        key = os.environ.get(self._spec.api_key_env) if self._spec.api_key_env else None
-        kept: str = storable(text, [key] if key else [])
+        names = (self._spec.api_key_env or "").split(",")
+        kept: str = storable(text, [key for name in names if (key := os.environ.get(name.strip()))])
         return kept
 
 

@@ -59,7 +59,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pgharness.errors import CodeFailed, InvalidOutput, ModelError, RequestRejected, ServerFailed, TimedOut, Unavailable
 from pgharness.gateway.callables import completion_of, storable
-from pgharness.gateway.simulator import read_parameters
+from pgharness.gateway.parameters import read_parameters
 from pgharness.types import Completion, ModelSpec, Request, Usage
 
 _STDOUT_BYTES = 10_000_000

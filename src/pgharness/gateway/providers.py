@@ -3,8 +3,9 @@
 Pure functions of their arguments: no I/O, no environment, no keys.
 
 Parameters are a model's, overridden by the request's. These names mean the same with every vendor, and a vendor that
-lacks one is not sent it: temperature, top_p, max_tokens, stop, seed, reasoning_effort, thinking_budget_tokens. null
-unsets one. Any other parameter goes into the body as it is; an object is merged into the object that is there.
+lacks one is not sent it: temperature, top_p, max_tokens, stop, seed, reasoning_effort, thinking_budget_tokens,
+logprobs (true asks for the log-probabilities of the answer's tokens, of which its confidence is made). null unsets one.
+Any other parameter goes into the body as it is; an object is merged into the object that is there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from urllib.parse import quote, urlsplit
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pgharness.errors import RequestRejected
-from pgharness.gateway.replies import Answer, Reply, at, count, decode, joined, objects, string, usage
+from pgharness.gateway.replies import Answer, Reply, at, confidence, count, decode, joined, objects, string, usage
 from pgharness.types import Completion, ModelSpec, Request
 
 
@@ -119,6 +120,7 @@ class OpenAIChat(WireFormat):
             id=string(at(payload, "id")),
             model=string(at(payload, "model")),
             refusal=string(at(message, "refusal")),
+            confidence=confidence(at(choice, "logprobs", "content")),
         )
 
 
@@ -135,6 +137,7 @@ class CompatibleChat(OpenAIChat):
             "reasoning_effort": asked.reasoning_effort,
             "temperature": asked.temperature,
             "top_p": asked.top_p,
+            "logprobs": asked.logprobs,
         }
 
     def _schema(self, spec: ModelSpec, schema: Mapping[str, Any]) -> Any:
@@ -150,13 +153,15 @@ class OpenAIResponses(WireFormat):
         asked = _asked(spec, request)
         is_reasoning = _is_reasoning(spec, request)
         effort = asked.reasoning_effort or ("medium" if is_reasoning else None)
+        sampling = _openai_sampling(asked, is_reasoning)
         body: dict[str, Any] = {
+            "include": ["message.output_text.logprobs"] if sampling.pop("logprobs", None) else None,
             "model": spec.model,
             "instructions": _system(request),
             "input": _turns(request),
             "max_output_tokens": asked.max_tokens,
             "reasoning": {"effort": effort} if effort else None,
-            **_openai_sampling(asked, is_reasoning),
+            **sampling,
             "store": False,  # prompts hold other people's words; keeping a copy at the vendor must be asked for
         }
         if request.schema is not None:
@@ -184,6 +189,7 @@ class OpenAIResponses(WireFormat):
             id=string(at(payload, "id")),
             model=string(at(payload, "model")),
             refusal=joined(parts, "refusal", kind="refusal") or None,
+            confidence=confidence([token for part in parts for token in objects(part.get("logprobs"))]),
         )
 
 
@@ -279,6 +285,7 @@ class GeminiContent(WireFormat):
             "stopSequences": asked.stops,
             "seed": asked.seed_of(request),
             "thinkingConfig": thinking,
+            "responseLogprobs": asked.logprobs,
         }
         if request.schema is not None:
             config["responseMimeType"] = "application/json"
@@ -317,6 +324,7 @@ class GeminiContent(WireFormat):
             id=string(at(payload, "responseId")),
             model=string(at(payload, "modelVersion")),
             refusal=f"the prompt was blocked: {blocked}" if blocked and not parts else None,
+            confidence=confidence(at(candidate, "logprobsResult", "chosenCandidates"), "logProbability"),
         )
 
 
@@ -344,6 +352,7 @@ class _Asked(BaseModel):
     seed: int | None = None
     reasoning_effort: str | None = None
     thinking_budget_tokens: int | None = None
+    logprobs: bool | None = None
 
     @property
     def stops(self) -> list[str] | None:
@@ -385,7 +394,7 @@ def _openai_sampling(asked: _Asked, is_reasoning: bool) -> dict[str, Any]:
     # OpenAI refuses these from whoever asks a model to reason; with the effort "none" it does not reason.
     if is_reasoning or asked.reasoning_effort not in (None, "none"):
         return {}
-    return {"temperature": asked.temperature, "top_p": asked.top_p}
+    return {"temperature": asked.temperature, "top_p": asked.top_p, "logprobs": asked.logprobs}
 
 
 def _present(body: Mapping[str, Any]) -> dict[str, Any]:

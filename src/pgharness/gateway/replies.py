@@ -42,7 +42,10 @@ class Reply(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The parts of a vendor's answer; `refusal` is the reason given when the model or a filter refused."""
+    """The parts of a vendor's answer; `refusal` is the reason given when the model or a filter refused.
+
+    `confidence` is made of its tokens' log-probabilities, where those were asked for.
+    """
 
     text: str
     finish_reason: str | None
@@ -50,6 +53,7 @@ class Answer(NamedTuple):
     id: str | None
     model: str | None
     refusal: str | None = None
+    confidence: float | None = None
 
 
 def decode(
@@ -107,6 +111,7 @@ def decode(
         request_id=facts["request_id"],
         model=answer.model,
         http_status=reply.status,
+        confidence=answer.confidence,
     )
 
 
@@ -145,9 +150,8 @@ def _finish_reason(word: str | None) -> str | None:
 
 
 def _data(spec: ModelSpec, text: str, known: Mapping[str, Any]) -> Any:
-    fenced = _FENCE.fullmatch(text)
     try:
-        return _loads(fenced[1] if fenced else text)
+        return json_of(text)
     except ValueError as exc:
         raise InvalidOutput(f"{spec.name}: the answer is not JSON: {exc}", text=text, **known) from None
 
@@ -266,6 +270,12 @@ def _epoch(http_date: str | None) -> float | None:
 # ---- reading what anyone may have written ----------------------------------------------------------------------------
 
 
+def json_of(text: str) -> Any:
+    """Return the JSON that a text is, in a Markdown fence or not. Raises ValueError for any other text."""
+    fenced = _FENCE.fullmatch(text)
+    return _loads(fenced[1] if fenced else text)
+
+
 def _loads(text: str) -> Any:
     """Parse JSON strictly: NaN and Infinity, which no jsonb can hold, are refused, and so is bottomless nesting.
 
@@ -326,6 +336,16 @@ def count(value: Any, *path: str) -> int:
 def usage(input_tokens: int, output_tokens: int, cached_tokens: int) -> Usage:
     """Return a usage whose cached tokens are a part of its input, as every price assumes."""
     return Usage(input_tokens, output_tokens, min(cached_tokens, input_tokens))
+
+
+def confidence(tokens: Any, name: str = "logprob") -> float | None:
+    """Return the mean probability of an answer's tokens, from the log-probability under a name in each; None without.
+
+    That is the mean of exp(logprob): 1 where the model saw no alternative to any token.
+    """
+    found = [at(token, name) for token in objects(tokens)]
+    chances = [math.exp(min(value, 0.0)) for value in found if isinstance(value, float) or type(value) is int]
+    return math.fsum(chances) / len(chances) if chances else None
 
 
 def _trimmed(message: str) -> str:

@@ -16,11 +16,13 @@ import asyncio
 import json
 import os
 import re
+import time
 import urllib.request
-from collections.abc import AsyncIterable, Callable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 import aiohttp
@@ -28,7 +30,15 @@ import httpx
 import orjson
 from httpx_aiohttp import AiohttpTransport
 
-from pgharness.errors import InvalidOutput, ModelError, RequestRejected, ServerFailed, TimedOut, Unavailable
+from pgharness.errors import (
+    InvalidOutput,
+    ModelError,
+    RateLimited,
+    RequestRejected,
+    ServerFailed,
+    TimedOut,
+    Unavailable,
+)
 from pgharness.gateway.providers import Call, WireFormat, wire_format
 from pgharness.gateway.replies import Reply
 from pgharness.types import Completer, Completion, ModelSpec, Request
@@ -41,6 +51,9 @@ KEEPALIVE_SECONDS = 4.0
 # Shorter values ("EMPTY", "none", "ollama") are placeholders for servers without keys; hiding such a word would
 # falsify every note in which it occurs.
 SHORTEST_SECRET = 8
+# A key that was refused for too many requests, without a word of when to come back; one that was refused altogether.
+_KEY_REST_SECONDS = 1.0
+_BAD_KEY_REST_SECONDS = 300.0
 # Far beyond any answer; a server that never stops must not take the worker's memory.
 LARGEST_REPLY = 32 * 1024 * 1024
 
@@ -55,8 +68,11 @@ class Transport:
     Proxies are taken from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY. `transport` replaces the network in tests.
     """
 
-    def __init__(self, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self, transport: httpx.AsyncBaseTransport | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._replacement = transport
+        self._clock = clock
         if transport is None:
             self._tls = httpx.create_ssl_context()
             self._proxies = {
@@ -68,11 +84,15 @@ class Transport:
 
     def completer(self, spec: ModelSpec) -> Completer:
         """Return what asks a model; to be kept, for it holds what the model's calls have in common."""
-        return _Endpoint(spec, self._way_to).ask
+        return _Endpoint(spec, self._way_to, self._clock).ask
 
     async def send(self, spec: ModelSpec, request: Request) -> Completion:
         """Ask a model once and return its answer, within the model's timeout; raise ModelError."""
         return await self.completer(spec)(request)
+
+    def account(self, spec: ModelSpec) -> Account:
+        """Return what else a model's vendor does for the holder of its key, beside answering."""
+        return Account(spec, self._way_to)
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -103,18 +123,42 @@ class Transport:
 class _Endpoint:
     """A model behind an API, with what its calls have in common."""
 
-    def __init__(self, spec: ModelSpec, way_to: Callable[[httpx.URL], httpx.AsyncBaseTransport]) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        way_to: Callable[[httpx.URL], httpx.AsyncBaseTransport],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._spec = spec
         self._way_to = way_to
         self._way: tuple[httpx.URL, httpx.AsyncBaseTransport] | None = None
-        self._headers: tuple[_Key, httpx.Headers] | None = None  # with the key of the last call
+        self._headers: dict[_Key, httpx.Headers] = {}  # of the present keys
+        self._keys = _KeyRing(key_names(spec, wire_format(spec)), clock)
 
     async def ask(self, request: Request) -> Completion:
         """Ask once and return the answer, within the model's timeout; raise ModelError."""
         spec = self._spec
         wire = wire_format(spec)
         call = wire.encode(spec, request)
-        key = _Key.of(spec, wire)
+        for others in reversed(range(max(len(self._keys), 1))):
+            name = self._keys.next()
+            try:
+                return await self._ask_with(_Key.of(spec, wire, name), wire, call, request)
+            except ModelError as error:
+                failure = error
+            if name is None or len(self._keys) == 1:
+                break
+            if isinstance(failure, RateLimited):
+                self._keys.rest(name, failure.retry_after or _KEY_REST_SECONDS)
+                break
+            is_refused = failure.http_status in (401, 403) or (failure.http_status is None and not os.environ.get(name))
+            if not is_refused or not others:
+                break
+            self._keys.rest(name, _BAD_KEY_REST_SECONDS)  # nothing was asked yet: the next key may
+        raise failure.with_traceback(None)
+
+    async def _ask_with(self, key: _Key, wire: WireFormat, call: Call, request: Request) -> Completion:
+        spec = self._spec
         try:
             async with asyncio.timeout(spec.timeout_seconds):
                 reply = await self._post(wire, call, key)
@@ -132,30 +176,159 @@ class _Endpoint:
                 url = httpx.URL(call.url)
                 self._way = url, self._way_to(url)
             url, way = self._way
-            if self._headers is None or self._headers[0] is not key:
+            if key not in self._headers:
+                if len(self._headers) >= max(len(self._keys), 1):
+                    self._headers.clear()  # the environment has others now
                 headers = {**_HEADERS, **call.headers, "content-type": "application/json", **key.header(wire)}
-                self._headers = key, httpx.Headers(headers)
+                self._headers[key] = httpx.Headers(headers)
             body = httpx.ByteStream(_dumped(call.body))
-            request = httpx.Request("POST", url, headers=self._headers[1], stream=body, extensions=_EXTENSIONS)
+            request = httpx.Request("POST", url, headers=self._headers[key], stream=body, extensions=_EXTENSIONS)
             request.read()  # or it would be sent in chunks
             response = await way.handle_async_request(request)
             try:
                 return await _read(response, key)
             finally:
                 await response.aclose()
-        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as exc:
-            raise RequestRejected(f"{name}: its base_url cannot be used: {exc}") from exc
-        except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout) as exc:
-            raise TimedOut(f"{name}: no answer from {_host(call)} in time: {exc}") from exc
-        except httpx.TransportError as exc:  # aiohttp's transport calls most of these ConnectTimeout: no use to look
-            if isinstance(exc.__cause__, aiohttp.ClientConnectorCertificateError):
-                hint = "Set SSL_CERT_FILE to the authority that signed it, in the environment of the workers"
-                raise RequestRejected(f"{name}: certificate of {_host(call)}: {exc}", hint=hint) from exc
-            raise Unavailable(f"{name}: no connection to {_host(call)}: {exc}") from exc
-        except httpx.DecodingError as exc:
-            raise InvalidOutput(f"{name}: the reply cannot be decompressed: {exc}") from exc
-        except aiohttp.ClientError as exc:
-            raise ServerFailed(f"{name}: {_host(call)} does not speak HTTP: {exc}") from exc
+        except _TROUBLE as exc:
+            raise _trouble(name, call.url, exc) from exc
+
+
+class Account:
+    """What a model's vendor does for the holder of a key at the address of the model: files and batches.
+
+    Each request is sent once, and with the key, so to no URL that a server named. Raises ModelError as calls do.
+    """
+
+    def __init__(self, spec: ModelSpec, way_to: Callable[[httpx.URL], httpx.AsyncBaseTransport]) -> None:
+        self.spec = spec
+        self.wire = wire_format(spec)
+        self._way_to = way_to
+
+    async def send(
+        self,
+        method: str,
+        url: str,
+        *,
+        seconds: float,
+        headers: Mapping[str, str] = {},
+        body: bytes | Upload = b"",
+    ) -> Reply:
+        """Send a request and return the reply, whatever its status, within so many seconds."""
+        key = _Key.of(self.spec, self.wire)
+        failure: ModelError
+        try:
+            async with asyncio.timeout(seconds), self._opened(method, url, key, headers, body) as response:
+                return await _read(response, key)
+        except TimeoutError:
+            failure = TimedOut(f"{self.spec.name}: no answer to {method} {url} within {seconds:g} s")
+        except ModelError as error:
+            failure = key.hidden_in_error(error)
+        raise failure  # outside the handlers, so that it carries no context
+
+    @asynccontextmanager
+    async def lines(
+        self, url: str, *, seconds: float, headers: Mapping[str, str] = {}
+    ) -> AsyncIterator[AsyncIterator[bytes] | Reply]:
+        """Open a long text: its lines as they come, each within so many seconds of the last, or the reply of a refusal.
+
+        The lines raise Unavailable when the connection breaks.
+        """
+        key = _Key.of(self.spec, self.wire)
+        async with self._opened("GET", url, key, headers, b"") as response:
+            if response.status_code == 200:
+                yield self._split(response, key, seconds)
+            else:
+                yield await _read(response, key)
+
+    def read(self, request: Request, reply: Reply) -> Completion:
+        """Return the completion that a reply to a request holds, or raise the ModelError that it means."""
+        key = _Key.of(self.spec, self.wire)
+        try:
+            return key.hidden_in_completion(self.wire.decode(self.spec, request, reply))
+        except ModelError as error:
+            failure = key.hidden_in_error(error)
+        raise failure
+
+    @asynccontextmanager
+    async def _opened(
+        self, method: str, url: str, key: _Key, headers: Mapping[str, str], body: bytes | Upload
+    ) -> AsyncIterator[httpx.Response]:
+        try:
+            address = httpx.URL(url)
+            way = self._way_to(address)
+            fields = {**_HEADERS, **headers, **key.header(self.wire)}
+            if body:
+                fields["content-length"] = str(len(body) if isinstance(body, bytes) else body.size)
+            stream: httpx.AsyncByteStream = httpx.ByteStream(body) if isinstance(body, bytes) else body
+            request = httpx.Request(method, address, headers=fields, stream=stream, extensions=_EXTENSIONS)
+            if isinstance(body, bytes):
+                request.read()  # or it would be sent in chunks
+            response = await way.handle_async_request(request)
+        except _TROUBLE as exc:
+            raise _trouble(self.spec.name, url, exc) from exc
+        try:
+            yield response
+        finally:
+            await response.aclose()
+
+    async def _split(self, response: httpx.Response, key: _Key, seconds: float) -> AsyncIterator[bytes]:
+        rest = bytearray()
+        chunks = response.aiter_bytes()
+        name = self.spec.name
+        while True:
+            try:
+                async with asyncio.timeout(seconds):
+                    chunk = await anext(chunks)
+            except StopAsyncIteration:
+                break
+            except (*_TROUBLE, TimeoutError) as exc:
+                raise Unavailable(f"{name}: the connection broke in the middle of the results: {exc}") from None
+            *lines, last = (rest + chunk).split(b"\n") if b"\n" in chunk else [rest + chunk]
+            rest = last
+            if len(rest) > LARGEST_REPLY:
+                raise InvalidOutput(f"{name}: a line of the results never ends")
+            for line in lines:
+                yield key.hidden_in(bytes(line))
+        if rest:
+            yield key.hidden_in(bytes(rest))
+
+
+class Upload(httpx.AsyncByteStream):
+    """A body of a known size that is read from a file while it is sent, between a head and a tail."""
+
+    def __init__(self, file: BinaryIO, *, head: bytes = b"", tail: bytes = b"") -> None:
+        self._file = file
+        self._head = head
+        self._tail = tail
+        self.size = len(head) + file.seek(0, os.SEEK_END) + len(tail)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        self._file.seek(0)
+        yield self._head
+        while chunk := self._file.read(_CHUNK):
+            yield chunk
+        yield self._tail
+
+
+_CHUNK = 256 * 1024
+_TROUBLE = (httpx.TransportError, httpx.DecodingError, httpx.InvalidURL, aiohttp.ClientError)
+
+
+def _trouble(name: str, url: str, exc: Exception) -> ModelError:
+    """Return what it means for a model's call that the network failed so."""
+    if isinstance(exc, httpx.UnsupportedProtocol | httpx.InvalidURL):
+        return RequestRejected(f"{name}: its base_url cannot be used: {exc}")
+    host = httpx.URL(url).netloc.decode()
+    if isinstance(exc, httpx.ReadTimeout | httpx.WriteTimeout | httpx.PoolTimeout):
+        return TimedOut(f"{name}: no answer from {host} in time: {exc}")
+    if isinstance(exc, httpx.TransportError):  # aiohttp's transport calls most of these ConnectTimeout: no use to look
+        if isinstance(exc.__cause__, aiohttp.ClientConnectorCertificateError):
+            hint = "Set SSL_CERT_FILE to the authority that signed it, in the environment of the workers"
+            return RequestRejected(f"{name}: certificate of {host}: {exc}", hint=hint)
+        return Unavailable(f"{name}: no connection to {host}: {exc}")
+    if isinstance(exc, httpx.DecodingError):
+        return InvalidOutput(f"{name}: the reply cannot be decompressed: {exc}")
+    return ServerFailed(f"{name}: {host} does not speak HTTP: {exc}")
 
 
 def _dumped(body: Mapping[str, Any]) -> bytes:
@@ -163,10 +336,6 @@ def _dumped(body: Mapping[str, Any]) -> bytes:
         return orjson.dumps(body)
     except TypeError:  # half a character, or an integer longer than its 64 bits
         return json.dumps(body, allow_nan=False).encode()
-
-
-def _host(call: Call) -> str:
-    return httpx.URL(call.url).netloc.decode()
 
 
 async def _read(response: httpx.Response, key: _Key) -> Reply:
@@ -209,9 +378,12 @@ class _Key:
         return "_Key(…)"
 
     @classmethod
-    def of(cls, spec: ModelSpec, wire: WireFormat) -> _Key:
-        """Return the key of a model from the environment; raise RequestRejected when it is missing or malformed."""
-        name = spec.api_key_env or wire.key_env
+    def of(cls, spec: ModelSpec, wire: WireFormat, name: str | None = None) -> _Key:
+        """Return a key of a model, by default its first, from the environment.
+
+        Raises RequestRejected when it is missing or malformed.
+        """
+        name = name or next(iter(key_names(spec, wire)), None)
         if name is None:
             return _key("")
         if name.upper().startswith("PG"):
@@ -270,6 +442,36 @@ class _Key:
             setattr(error, name, self.hidden_in(getattr(error, name)))
         error.__cause__ = error.__context__ = None
         return error.with_traceback(None)
+
+
+def key_names(spec: ModelSpec, wire: WireFormat) -> list[str]:
+    """Return the environment variables that hold a model's keys; none for a model without."""
+    return [name.strip() for name in (spec.api_key_env or wire.key_env or "").split(",") if name.strip()]
+
+
+class _KeyRing:
+    """The keys of a model, used in turn; one that was refused rests while others go on."""
+
+    def __init__(self, names: Sequence[str], clock: Callable[[], float]) -> None:
+        self._names = list(names)
+        self._clock = clock
+        self._resting = dict.fromkeys(names, 0.0)  # until when
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def next(self) -> str | None:
+        """Return the variable of the next key: of those that rest, the one that has rested most."""
+        if not self._names:
+            return None
+        now = self._clock()
+        found = min(self._names, key=lambda name: max(self._resting[name] - now, 0.0))
+        self._names.remove(found)
+        self._names.append(found)
+        return found
+
+    def rest(self, name: str, seconds: float) -> None:
+        self._resting[name] = self._clock() + seconds
 
 
 @lru_cache(maxsize=64)

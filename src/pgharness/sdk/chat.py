@@ -11,21 +11,36 @@ import itertools
 import os
 import random
 import socket
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 from pgharness import __version__
 from pgharness.database import TRANSIENT, Database, Row
-from pgharness.errors import HarnessError, ModelError
-from pgharness.execution.items import CallRecord, estimated_tokens, model_error, used_tokens
+from pgharness.errors import HarnessError, InvalidOutput, ModelError, NotCached
 from pgharness.gateway import Gateway
+from pgharness.gateway.cache import Answers, ResponseCache
+from pgharness.gateway.calls import CallRecord, estimated_tokens, model_error, used_tokens
 from pgharness.gateway.limits import Gate, Limits
-from pgharness.sdk.scope import Scope
-from pgharness.types import Completer, Completion, Message, ModelSpec, Request
+from pgharness.types import Completer, Completion, Message, ModelSpec, Request, Trail
 
 _ATTEMPTS = 3
 _BEAT_SECONDS = 1.0
+
+
+class Asker(Protocol):
+    """Who asks: a try of a task, as `ordinal` and `attempt` say, with a seed of its own; it hears of each call."""
+
+    @property
+    def ordinal(self) -> int: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def emit(self) -> Callable[[str, dict[str, Any]], None]: ...
 
 
 class Chat:
@@ -39,13 +54,14 @@ class Chat:
         self._asked: Counter[int] = Counter()  # how often each question was asked, by its hash
         self._opening: asyncio.Task[Limits] | None = None
         self._limits: Limits | None = None
+        self._cache: ResponseCache | None = None
+        self._answers: Answers | None = None
         self._lease_holder: int | None = None
         self._beating: asyncio.Task[None] | None = None
-        self._may_call = asyncio.Event()
 
     async def complete(
         self,
-        scope: Scope,
+        asker: Asker,
         model: str,
         messages: Sequence[Message],
         *,
@@ -55,39 +71,65 @@ class Chat:
     ) -> Completion:
         """Ask a model, and again when that may help; each request is recorded and costed, and keeps to its limits."""
         spec, completer = await self._model(model)
+        count = self._count(asker, model, messages)
         request = Request(
             tuple(messages),
             schema=schema,
             parameters=parameters,
             is_reasoning=spec.is_reasoning,
-            seed=self._seed(scope, model, messages) if seed is None else seed,
+            seed=(asker.seed + count - 1) & 0x7FFFFFFF if seed is None else seed,
+            replication=count,
+            run_seed=asker.seed if seed is None else seed,
         )
         delay = 1.0
         for attempt in itertools.count(1):
             try:
-                return await self._ask(scope, spec, completer, request)
+                return await self._ask(asker, spec, completer, request)
             except ModelError as exc:
                 if not exc.is_retryable or (exc.spends_attempt and attempt >= _ATTEMPTS):
                     raise
+                if isinstance(exc, InvalidOutput):
+                    request = replace(request, rejected=attempt)
                 await asyncio.sleep((exc.retry_after or delay) * (0.75 + 0.5 * random.random()))
                 delay = min(delay * 2, 60.0)
         raise AssertionError
 
-    def _seed(self, scope: Scope, model: str, messages: Sequence[Message]) -> int:
-        """Return a seed of the task's own; of a question that it asks again, the next."""
-        asked = hash((scope.ordinal, scope.attempt, model, tuple(messages)))
+    def _count(self, asker: Asker, model: str, messages: Sequence[Message]) -> int:
+        """Return the how manieth time it is that a task asks a question: each has a seed of its own."""
+        asked = hash((asker.ordinal, asker.attempt, model, tuple(messages)))
         self._asked[asked] += 1
-        return (scope.seed + self._asked[asked] - 1) & 0x7FFFFFFF
+        return self._asked[asked]
 
     async def _model(self, name: str) -> tuple[ModelSpec, Completer]:
         if name not in self._models:
             row = (await self._database.persist("load_model", model=name))[0]["load_model"]
             spec = ModelSpec.model_validate(row)
-            self._models[name] = spec, self._gateway.completer(spec)
+            limits = await self._own_limits()
+            self._models[name] = spec, self._gateway.completer(spec, limits, self._answers)
         return self._models[name]
 
-    async def _ask(self, scope: Scope, spec: ModelSpec, completer: Completer, request: Request) -> Completion:
-        limits = await self._own_limits()
+    async def _ask(self, asker: Asker, spec: ModelSpec, completer: Completer, request: Request) -> Completion:
+        answers = self._answers
+        if answers is None:
+            completion = await self._call(asker, spec, completer, request, None)
+            assert completion is not None
+            return completion
+        key, record = answers.key(spec, request), CallRecord(spec)
+        try:
+            found = await answers.found(spec, key, lambda: self._call(asker, spec, completer, request, key))
+        except NotCached as exc:
+            asker.emit("call", {"call": record.failed(exc, None)})
+            raise
+        if isinstance(found, Completion):
+            return found
+        asker.emit("call", {"call": record.cached(key, found)})
+        return found.completion
+
+    async def _call(
+        self, asker: Asker, spec: ModelSpec, completer: Completer, request: Request, key: bytes | None
+    ) -> Completion | None:
+        """Make the call, within every limit; None when another one asks the same and its answer will be kept."""
+        answers, limits = self._answers, await self._own_limits()
         # the run's cap as it was when this process began; it follows a cap that changes, not one that is new
         gates = [limits.of_run(self._run["run_id"])] if self._run["max_concurrency"] is not None else []
         if (of_model := limits.of_model(spec)) is not None:
@@ -95,43 +137,51 @@ class Chat:
         tokens = estimated_tokens(request, spec)
         async with contextlib.AsyncExitStack() as stack:
             charged = 0.0
+            how: tuple[float | None, ModelError | None] = (None, None)  # it went
+
+            def leave(gate: Gate) -> None:
+                gate.leave(*how)
+
             for gate in gates:
-                charged = await self._enter(gate, tokens)
-                stack.callback(gate.leave)
+                charged = await gate.entered(tokens)
+                stack.callback(leave, gate)
             used = 0
+            if answers is not None and key is not None:
+                claim = await answers.claim(spec, key)
+                if claim is not True:
+                    if of_model is not None:
+                        of_model.settle(charged, 0)
+                    return None
+            began = time.monotonic()
             record = CallRecord(spec)
+            trail = Trail(record.started_at)
+            if spec.members:
+                request = replace(request, trail=trail)
             try:
                 completion = await completer(request)
                 used = completion.usage.input_tokens + completion.usage.output_tokens
+                how = began, None
             except asyncio.CancelledError:
-                scope.emit("call", {"call": record.cancelled()})
+                if answers is not None and key is not None:
+                    answers.release(key)
+                _tell(asker, record.cancelled(), trail)
                 raise
             except Exception as exc:
                 error = model_error(exc)
                 used = sum(used_tokens(error)[:2])
-                scope.emit("call", {"call": record.failed(error, None)})
-                if error.retry_after is not None and not error.spends_attempt:
-                    limits.block(spec, error.retry_after)
+                how = began, error
+                if answers is not None and key is not None:
+                    answers.release(key)
+                _tell(asker, record.failed(error, None), trail)
                 raise error from exc
             finally:
                 if of_model is not None:
                     of_model.settle(charged, used)
-            scope.emit("call", {"call": record.succeeded(completion)})
+            row = record.succeeded(completion)
+            if answers is not None and key is not None:
+                row |= answers.keep(key, row, completion, trail.calls)
+            _tell(asker, row, trail)
             return completion
-
-    async def _enter(self, gate: Gate, tokens: int) -> float:
-        """Wait until a gate admits a call; return the tokens that it is charged."""
-        gate.waiting += 1
-        gate.tokens = tokens
-        try:
-            while not gate.admits():
-                self._may_call.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(1.0):
-                        await self._may_call.wait()
-        finally:
-            gate.waiting -= 1
-        return gate.enter()
 
     async def _own_limits(self) -> Limits:
         """Return the gates of this process, which holds leases as a worker of its own."""
@@ -149,7 +199,9 @@ class Chat:
             concurrency=0,
         )
         self._lease_holder = registered[0]["register_worker"]
-        self._limits = Limits(self._database, self._lease_holder, self._may_call.set)
+        self._limits = Limits(self._database, self._lease_holder)
+        self._cache = ResponseCache(self._database, self._lease_holder)
+        self._answers = self._cache.answers(self._run.get("response_cache", "off"), self._run["run_id"])
         self._beating = asyncio.create_task(self._keep_beating())
         return self._limits
 
@@ -170,5 +222,12 @@ class Chat:
             assert self._beating is not None
             self._beating.cancel()
             await self._limits.close()
+            if self._cache is not None:
+                await self._cache.close()
             with contextlib.suppress(HarnessError, *TRANSIENT):
                 await self._beat("stopped")
+
+
+def _tell(asker: Asker, call: Row, trail: Trail) -> None:
+    for row in (call, *trail.calls):
+        asker.emit("call", {"call": row})

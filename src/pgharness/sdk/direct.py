@@ -16,6 +16,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from psycopg import Connection
@@ -25,19 +26,19 @@ from pgharness.database import TRANSIENT, Database, Line, Row
 from pgharness.embedded import EmbeddedPostgres
 from pgharness.environment import environment
 from pgharness.errors import HarnessError, SchemaOutOfDate, WrongState
+from pgharness.execution import Slice
 from pgharness.gateway import Gateway
 from pgharness.sdk.capture import Capture
 from pgharness.sdk.definition import Experiment
 from pgharness.sdk.journal import Journal
 from pgharness.sdk.loading import module_name
 from pgharness.sdk.scope import Scope, threads_inherit
-from pgharness.sdk.session import Session
+from pgharness.sdk.session import OpenSlice, Session, full_depths
 from pgharness.settings import Settings
 
 logger = logging.getLogger(__name__)
 Kind = Literal["trial", "milestone"]
 _CONCURRENCY = 32
-_MOST_SLICES = 4
 _POLL_SECONDS = 0.05
 _BEAT_SECONDS = 1.0
 _FLUSH_SECONDS = 30.0
@@ -96,6 +97,7 @@ def run_here(experiment: Experiment, *, argv: Sequence[str] | None = None) -> An
             config=config or None,
             kind="milestone" if options.milestone else "trial",
             run_name=options.run_id,
+            response_cache=options.cache,
         )
     if argv is not None:
         print(
@@ -112,6 +114,8 @@ def _options(experiment: Experiment, argv: Sequence[str] | None) -> argparse.Nam
     parser = argparse.ArgumentParser(description=experiment.description or None)
     parser.add_argument("--milestone", action="store_true", help="keep the run, with its code and environment")
     parser.add_argument("--run-id", help="name of a milestone run")
+    modes = ("off", "read", "write", "replay")
+    parser.add_argument("--cache", choices=modes, help="whether models are asked, or the response cache")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a value of the configuration")
     options = parser.parse_args(list(argv or ()))
     if options.run_id and not options.milestone:
@@ -128,11 +132,13 @@ def execute(
     config: Mapping[str, Any] | None = None,
     kind: Kind = "trial",
     run_name: str | None = None,
+    response_cache: str | None = None,
     is_echoed: bool = True,
 ) -> Outcome:
     """Run an experiment in this process: register it, configure its instance, start a run, and do its tasks.
 
-    `instance` is named like the experiment unless it is given; `config` becomes its configuration. What the code prints
+    `instance` is named like the experiment unless it is given; `config` becomes its configuration;
+    `response_cache` (off, read, write, replay) is the instance's unless it is given. What the code prints
     becomes its log, and is printed too when `is_echoed`.
     """
     registration = experiment.registration()
@@ -143,7 +149,8 @@ def execute(
         found = database.call(connection, "configure_instance", instance=name, experiment=experiment.name, **given)
         experiment.config(found[0]["config"])  # which may be older than the schema
         database.call(connection, "load_code", run_id=0)  # a role that may not work is told before a run is started
-        run_id: int = database.call(connection, "start_run", instance=name, kind=kind, name=run_name)[0]["run_id"]
+        started = {"instance": name, "kind": kind, "name": run_name, "response_cache": response_cache}
+        run_id: int = database.call(connection, "start_run", **started)[0]["run_id"]
         ids = _joined(connection, experiment.name)
         taken = database.call(connection, "take_job", queues=["task"], queue_worker_id=ids[1], only_runs=[run_id])
     _Runner(experiment, url, settings, run_id, ids, taken, is_echoed=is_echoed).work()
@@ -178,7 +185,7 @@ class _Runner:
         self._is_over = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._session: Session | None = None
-        self._jobs: set[int] = set()
+        self._open: dict[int, OpenSlice] = {}  # by its job
         self._is_stopping = threading.Event()
         self._has_ended = threading.Event()
         self._error: BaseException | None = None
@@ -244,6 +251,7 @@ class _Runner:
                 cache_root=self._settings.cache_root,
                 allows_code=self._settings.allows_code,
                 plugin_seconds=self._settings.plugin_seconds,
+                database=pool,
             )
             session = self._session = Session(
                 pool,
@@ -270,7 +278,7 @@ class _Runner:
                 await asyncio.to_thread(beating.join)
                 with contextlib.suppress(HarnessError, *TRANSIENT):
                     await pool.call(
-                        "heartbeat", worker_id=worker_id, in_flight={}, state="stopped", runs=[], jobs=list(self._jobs)
+                        "heartbeat", worker_id=worker_id, in_flight={}, state="stopped", runs=[], jobs=list(self._open)
                     )
 
     def _end(self) -> None:
@@ -280,35 +288,39 @@ class _Runner:
 
     async def _work(self, pool: Database, queue_worker_id: int) -> None:
         assert self._session is not None
-        open_slices: set[asyncio.Task[None]] = set()
+        work: set[asyncio.Task[None]] = set()
         rows = self._taken
-        while not self._is_over.is_set():
-            if not rows and len(open_slices) - self._session.resting < _MOST_SLICES:
-                rows = await pool.persist(
-                    "take_job", queues=["task"], queue_worker_id=queue_worker_id, only_runs=[self._run_id]
-                )
-            if rows:
-                task = asyncio.create_task(self._do(pool, rows[0]))
-                open_slices.add(task)
-                task.add_done_callback(open_slices.discard)
-                rows = []
-                continue
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_POLL_SECONDS):
-                    await self._is_over.wait()
-        if open_slices:
-            await asyncio.wait(open_slices, timeout=_CLEANUP_SECONDS)
+        while True:
+            for job in rows:
+                self._open[job["id"]] = OpenSlice.of(Slice(**job["args"]))
+                task = asyncio.create_task(self._do(pool, job))
+                work.add(task)
+                task.add_done_callback(work.discard)
+            if not rows:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_POLL_SECONDS):
+                        await self._is_over.wait()
+            if self._is_over.is_set():
+                break
+            rows = await pool.persist(
+                "take_job",
+                queues=["task"],
+                queue_worker_id=queue_worker_id,
+                only_runs=[self._run_id],
+                except_depths=full_depths(self._open.values(), _CONCURRENCY),
+            )
+        if work:
+            await asyncio.wait(work, timeout=_CLEANUP_SECONDS)
 
     async def _do(self, pool: Database, job: Row) -> None:
         assert self._session is not None
-        self._jobs.add(job["id"])
         try:
-            await self._session.run_slice(job["args"])
+            await self._session.run_slice(job["args"], partial(setattr, self._open[job["id"]], "left"))
         except HarnessError as exc:
             logger.error("a slice was left undone: %s", exc)
         finally:
             await pool.persist("end_slice", job_id=job["id"])
-            self._jobs.discard(job["id"])
+            del self._open[job["id"]]
 
     def _keep_beating(self) -> None:
         """Show life once a second, in a thread of its own: code may keep the loop busy."""
@@ -321,7 +333,7 @@ class _Runner:
                     in_flight={},
                     state="running",
                     runs=[self._run_id],
-                    jobs=list(self._jobs),
+                    jobs=list(self._open),
                 )
                 line.call("expire_runs")
                 if states[0]["status"] != "running":

@@ -105,6 +105,7 @@ async def _serve(
             cache_root=options.settings.cache_root,
             allows_code=options.settings.allows_code,
             plugin_seconds=options.settings.plugin_seconds,
+            database=pool,
         )
         session = Session(
             pool,
@@ -143,7 +144,8 @@ class _Host:
 
     async def work(self, session: Session, capture: Capture) -> None:
         """Do slices until there is an interruption, or nothing more to come."""
-        asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._hear, session, capture)
+        listening = (asyncio.get_running_loop(), session, capture)
+        threading.Thread(target=self._listen, args=listening, name="pipe", daemon=True).start()
         self._pipe.send(("ready",))
         ends = [asyncio.create_task(event.wait()) for event in (self._interrupted, self._stopping)]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -157,27 +159,33 @@ class _Host:
         while self._slices:
             await asyncio.wait(self._slices)
 
-    def _hear(self, session: Session, capture: Capture) -> None:
+    def _listen(self, loop: asyncio.AbstractEventLoop, session: Session, capture: Capture) -> None:
+        """Empty the pipe whatever the loop does: a parent that cannot write would stand still."""
         try:
-            while self._pipe.poll():
-                match self._pipe.recv():
-                    case ("slice", number, slice):
-                        task = asyncio.create_task(self._do(session, capture, number, slice))
-                        self._slices.add(task)
-                        task.add_done_callback(self._slices.discard)
-                    case ("drain",):
-                        session.drain()
-                    case ("interrupt",):
-                        self._interrupted.set()
-                    case ("stop",):
-                        self._stopping.set()
+            while True:
+                loop.call_soon_threadsafe(self._hear, session, capture, self._pipe.recv())
         except (EOFError, OSError):  # the parent is gone
             _end()
+        except RuntimeError:  # the loop was closed: nothing is wanted any more
+            return
+
+    def _hear(self, session: Session, capture: Capture, told: tuple[Any, ...]) -> None:
+        match told:
+            case ("slice", number, slice):
+                task = asyncio.create_task(self._do(session, capture, number, slice))
+                self._slices.add(task)
+                task.add_done_callback(self._slices.discard)
+            case ("drain",):
+                session.drain()
+            case ("interrupt",):
+                self._interrupted.set()
+            case ("stop",):
+                self._stopping.set()
 
     async def _do(self, session: Session, capture: Capture, number: int, slice: Row) -> None:
         is_whole = False
         try:
-            is_whole = await session.run_slice(slice)
+            is_whole = await session.run_slice(slice, lambda left: self._pipe.send(("left", number, left)))
         except Exception as exc:
             logger.error("a slice of run %s was left undone: %s", self.run_id, exc)
         capture.flush()

@@ -31,6 +31,7 @@ from pgharness.errors import HarnessError
 from pgharness.execution import HandedBack, Slice
 from pgharness.sdk.discovery import default_sources, discover_isolated, snapshot
 from pgharness.sdk.host import HostOptions, main
+from pgharness.sdk.session import OpenSlice, full_depths
 from pgharness.settings import Settings
 from pgharness.types import ItemKind
 
@@ -46,7 +47,6 @@ _DRAIN_SECONDS = 30.0
 _REFRESH_SECONDS = 5.0
 _MOST_THREADS = 500  # beside those of its tasks
 _MOST_PROCESSES = 500
-_MOST_SLICES = 8  # of a run, waiting here: more would only be kept from other workers
 _MOST_OPEN_SLICES = 10_000
 _CRASH_LIMIT = 3
 _MB = 1_000_000
@@ -66,9 +66,7 @@ class ProcessHost:
         self.run_id: int = options.run["run_id"]
         self.running: list[tuple[int, int]] = []  # tasks, with which try
         self.parked = 0  # tasks that wait for maps
-        self.resting = 0  # slices that only wait for maps
-        self.on_rest: Callable[[], None] = lambda: None  # is called when that changes
-        self.slices: dict[int, asyncio.Future[bool]] = {}
+        self.slices: dict[int, tuple[asyncio.Future[bool], Callable[[int], None]]] = {}
         self.idle_since = time.monotonic()
         self.reason: str | None = None  # why it was killed; None while nobody meant to
         self.excess: str | None = None  # which limit of its run it was beyond
@@ -94,6 +92,7 @@ class ProcessHost:
         self._theirs.close()
         loop = asyncio.get_running_loop()
         loop.add_reader(self._pipe.fileno(), self._hear)
+        os.set_blocking(self._pipe.fileno(), True)  # which uvloop changed, and half a message would be lost
         loop.add_reader(self._process.sentinel, self._on_exit)
         try:
             async with asyncio.timeout(_START_SECONDS):
@@ -107,11 +106,14 @@ class ProcessHost:
         pid: int = self._process.pid
         return pid
 
-    async def run_slice(self, work: Slice) -> bool:
-        """Have a slice done; tell whether nothing of it has to come back. Raises HostDied."""
+    async def run_slice(self, work: Slice, on_end: Callable[[int], None]) -> bool:
+        """Have a slice done; tell whether nothing of it has to come back. Raises HostDied.
+
+        `on_end` hears how many of its tasks are left, whenever that changes.
+        """
         number = next(self._numbers)
         ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self.slices[number] = ended
+        self.slices[number] = ended, on_end
         told = {name: value for name, value in asdict(work).items() if value is not None}
         try:
             self._send("slice", number, told)
@@ -184,14 +186,14 @@ class ProcessHost:
                     case ("ready",):
                         self.was_ready = True
                         self._ready.set_result(None)
-                    case ("running", ordinals, parked, resting):
+                    case ("running", ordinals, parked):
                         self.running, self.parked = ordinals, parked
-                        if resting != self.resting:
-                            self.resting = resting
-                            self.on_rest()
+                    case ("left", number, left):
+                        if number in self.slices:
+                            self.slices[number][1](left)
                     case ("ended", number, is_whole):
-                        if (ended := self.slices.get(number)) is not None and not ended.done():
-                            ended.set_result(is_whole)
+                        if number in self.slices and not self.slices[number][0].done():
+                            self.slices[number][0].set_result(is_whole)
                     case ("heard",):
                         self.is_interrupted = True  # it may have found out by itself
                         self._heard.set()
@@ -214,7 +216,7 @@ class ProcessHost:
         if not self._ready.done():
             self._ready.set_exception(HostDied())
         self._on_end(self)
-        for ended in list(self.slices.values()):
+        for ended, _ in list(self.slices.values()):
             if not ended.done():
                 ended.set_exception(HostDied())
 
@@ -248,7 +250,7 @@ class Hosts:
         most_runs: int,
         log_level: int,
     ) -> None:
-        self.concurrency = _MOST_OPEN_SLICES  # those that rest hold nothing
+        self.concurrency = _MOST_OPEN_SLICES  # far more than it takes
         self._places = concurrency
         self.is_draining = False
         self._database = database
@@ -258,7 +260,8 @@ class Hosts:
         self._log_level = log_level
         self._hosts: dict[int, ProcessHost] = {}
         self._starting: dict[int, asyncio.Task[ProcessHost | None]] = {}
-        self._open: dict[int, int] = {}  # slices of each run that are open here
+        self._open: dict[int, OpenSlice] = {}  # by their jobs
+        self.narrowed: dict[str, Any] = {"experiments": []}  # which jobs to take, as arguments of take_job
         self._ends: set[asyncio.Task[None]] = set()
         self._has_room = asyncio.Event()
         self._has_room.set()
@@ -285,7 +288,7 @@ class Hosts:
     @property
     def open_runs(self) -> list[int]:
         """Ids of the runs with slices here."""
-        return list(self._open)
+        return list({slice.run_id for slice in self._open.values()})
 
     @property
     def in_flight(self) -> dict[str, dict[ItemKind, int]]:
@@ -296,17 +299,6 @@ class Hosts:
     def spare(self) -> int:
         """How many calls could begin: none, for tasks are not shared among those that have taken them."""
         return 0
-
-    @property
-    def narrowed(self) -> dict[str, Any]:
-        """Which jobs to take: those of experiments that are here, and when all places are taken, of runs that are."""
-        full = [run_id for run_id in self._open if self._busy(run_id) >= _MOST_SLICES]
-        here = [run_id for run_id in self._open if run_id not in full]
-        return {
-            "except_runs": full,
-            "only_runs": here if len(self._open) >= self._most_runs else None,
-            "experiments": sorted(self._known),
-        }
 
     async def wait_for_room(self) -> bool:
         """Wait until another slice is welcome."""
@@ -319,10 +311,10 @@ class Hosts:
 
     async def wait_for_change(self, seconds: float) -> None:
         """Wait until other jobs than those that were asked for may be taken, or there are new ones."""
-        self._has_changed.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._has_changed.wait()
+        self._has_changed.clear()
 
     def welcomes(self, run_id: int | None) -> bool:
         """Tell whether a job of this run should be taken though there is no room: never."""
@@ -369,20 +361,24 @@ class Hosts:
 
     async def run_slice(self, work: Slice) -> None:
         """Do what a slice has left to do. Raises HandedBack unless all that is still wanted of it is durable."""
-        self._open[work.run_id] = self._open.get(work.run_id, 0) + 1
-        self._update_room()
+        assert work.job_id is not None
+        slice = self._open[work.job_id] = OpenSlice.of(work)
+        self._narrow()
+
+        def on_end(left: int) -> None:
+            slice.left = left
+            self._narrow()
+
         try:
             host = await self._host(work)
             if host is None:
                 return
             try:
-                is_whole = await host.run_slice(work)
+                is_whole = await host.run_slice(work, on_end)
             except HostDied:
                 is_whole = False
         finally:
-            self._open[work.run_id] -= 1
-            if not self._open[work.run_id]:
-                del self._open[work.run_id]
+            del self._open[work.job_id]
             self._update_room()
         if not is_whole:
             await asyncio.gather(*self._ends, return_exceptions=True)  # what the end of its process led to is known
@@ -433,7 +429,6 @@ class Hosts:
             self._log_level,
         )
         host = ProcessHost(options, self._on_end)
-        host.on_rest = self._update_room
         self._hosts[work.run_id] = host
         try:
             await host.start()
@@ -480,15 +475,22 @@ class Hosts:
 
     # -- keeping
 
-    def _busy(self, run_id: int) -> int:
-        """Return how many slices of a run do more than wait for maps, whose slices have to be taken beside."""
-        host = self._hosts.get(run_id)
-        return self._open[run_id] - (host.resting if host is not None else 0)
+    def _narrow(self) -> None:
+        """Take jobs of experiments that are here, and when all places are taken, of runs that are."""
+        here = sorted(self.open_runs)
+        narrowed = {
+            "except_depths": full_depths(self._open.values(), self._places),
+            "only_runs": here if len(here) >= self._most_runs else None,
+            "experiments": sorted(self._known),
+        }
+        if narrowed != self.narrowed:
+            self.narrowed = narrowed
+            self._has_changed.set()
 
     def _update_room(self) -> None:
+        self._narrow()
         self._has_changed.set()
-        slots = self._most_runs * _MOST_SLICES
-        if self.is_draining or (not self._is_held and sum(map(self._busy, self._open)) < slots and self._known):
+        if self.is_draining or (self._known and not self._is_held):
             self._has_room.set()
         else:
             self._has_room.clear()
@@ -501,7 +503,7 @@ class Hosts:
                 if (excess := self._excess(host)) is not None:
                     host.excess = excess
                     host.kill(excess)
-                elif host.run_id not in self._open and time.monotonic() - host.idle_since > _IDLE_SECONDS:
+                elif host.run_id not in self.open_runs and time.monotonic() - host.idle_since > _IDLE_SECONDS:
                     host.stop()
 
     async def _keep_expiring(self) -> None:

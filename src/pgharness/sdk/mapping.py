@@ -1,18 +1,80 @@
-"""Maps: how a function takes its items, by which keys they are known, and what their results are."""
+"""Maps: how a function takes its items, by which keys they are known, how they are waited for, and what they gave."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter
 
-from pgharness.database import Row
-from pgharness.sdk.scope import LONGEST_KEY, AsyncContext, Context, TaskFailed
+from pgharness.database import Database, Row
+from pgharness.sdk.scope import LONGEST_KEY, AsyncContext, Cancelled, Context, TaskFailed
+
+_POLL_SECONDS = (0.02, 0.5)
+
+
+class Stopped(Cancelled):
+    """Cancelled, as the database said it before this process was told."""
+
+
+class OpenMaps:
+    """The maps of a run that tasks here wait for: the database is asked after all of them at once."""
+
+    def __init__(self, database: Database, run_id: int) -> None:
+        self._database = database
+        self._run_id = run_id
+        self._waiting: dict[asyncio.Future[None], tuple[int, str]] = {}
+        self._has_news = asyncio.Event()
+        self._asking: asyncio.Task[None] | None = None
+
+    async def wait(self, parent: int, map: str) -> None:
+        """Wait until all items of a map are decided. Raises Stopped when the run does not go on."""
+        decided: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[decided] = (parent, map)
+        self.hear()
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask())
+        try:
+            await decided
+        finally:
+            self._waiting.pop(decided, None)
+
+    def hear(self) -> None:
+        """Be told that there is reason to ask soon: a task has ended here."""
+        self._has_news.set()
+
+    async def _ask(self) -> None:
+        delay = _POLL_SECONDS[0]
+        while self._waiting:
+            self._has_news.clear()
+            asked = dict(self._waiting)
+            parents, maps = map(list, zip(*asked.values(), strict=True))
+            try:
+                rows = await self._database.persist("map_state", run_id=self._run_id, parents=parents, maps=maps)
+                state = rows[0] if rows else {"status": "deleted", "are_done": [False] * len(asked)}
+            except Exception as exc:
+                self._settle(list(self._waiting), exc)
+                return
+            self._settle([each for each, is_done in zip(asked, state["are_done"], strict=True) if is_done], None)
+            if state["status"] != "running":
+                self._settle(asked, Stopped(f"the run is {state['status']}"))
+            await asyncio.sleep(_POLL_SECONDS[0])
+            delay = _POLL_SECONDS[0] if self._has_news.is_set() else min(delay * 1.3, _POLL_SECONDS[1])
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self._has_news.wait()
+
+    def _settle(self, decided: Iterable[asyncio.Future[None]], error: BaseException | None) -> None:
+        for each in decided:
+            if not each.done():
+                each.set_result(None) if error is None else each.set_exception(error)
+            self._waiting.pop(each, None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 Coroutines run in the loop, other functions in threads of their own. Each task is begun in the database before it runs
 and its end is recorded after all that it told; whoever is interrupted leaves no end, so the task comes back. A task
-that waits for a map holds no place, or maps within maps would block each other.
+that waits for a map holds no place, or maps within maps would block each other; how many tasks of one depth are begun
+is bounded instead, so that wide maps of tasks that map fill no process with those that wait. The deepest ones never
+wait for others, so there is always somebody who goes on.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import hashlib
 import inspect
 import json
 import logging
-import random
 import threading
 import traceback
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
@@ -27,12 +29,13 @@ from pydantic_core import PydanticSerializationError, to_jsonable_python
 from pgharness.database import Database, Row
 from pgharness.environment import environment
 from pgharness.errors import LeaseLost
+from pgharness.execution import Slice
 from pgharness.gateway import Gateway
 from pgharness.sdk.chat import Chat
 from pgharness.sdk.definition import Experiment
 from pgharness.sdk.journal import Journal, storable_json
 from pgharness.sdk.loading import import_module
-from pgharness.sdk.mapping import ItemFunction, item_function, keys_of, result_of, return_adapter
+from pgharness.sdk.mapping import ItemFunction, OpenMaps, Stopped, item_function, keys_of, result_of, return_adapter
 from pgharness.sdk.scope import (
     AsyncContext,
     Cancelled,
@@ -47,7 +50,7 @@ from pgharness.sdk.scope import (
 
 logger = logging.getLogger(__name__)
 _MAP_CHUNK = 5_000
-_POLL_SECONDS = (0.02, 0.5)
+_TASKS_PER_PLACE = 2  # of a depth: more that are begun would only wait, more that are taken be kept from others
 _LONGEST_TRACEBACK = 20_000
 _SUSPECT_CRASHES = 1
 _LOOK_SECONDS = 0.2  # for code that looks at is_cancelled, before it is interrupted
@@ -63,10 +66,6 @@ class _Interrupt(Cancelled):
     def __init__(self, *args: object) -> None:
         super().__init__(*args or ("the run was cancelled",))
         _Interrupt.arrived.add(threading.get_ident())
-
-
-class _Stopped(Cancelled):
-    """Cancelled, as the database said it before this process was told."""
 
 
 @dataclass(slots=True, eq=False)
@@ -101,12 +100,11 @@ class Session:
         run: Row,
         experiment: Experiment,
         concurrency: int,
-        on_running: Callable[[list[tuple[int, int]], int, int], None] = lambda *_: None,
+        on_running: Callable[[list[tuple[int, int]], int], None] = lambda *_: None,
     ) -> None:
         """Prepare to run tasks of a run, which is given as `load_code` answers it.
 
-        `on_running` hears, whenever that changes, which of them run (each with its try), how many wait for maps, and
-        how many slices rest.
+        `on_running` hears, whenever that changes, which of them run (each with its try), and how many wait for maps.
         """
         self._database = database
         self._journal = journal
@@ -121,32 +119,37 @@ class Session:
         self._concurrency = concurrency
         self._places = asyncio.Semaphore(concurrency)
         self._alone = asyncio.Lock()
+        self._depths = defaultdict[int, asyncio.Semaphore](lambda: asyncio.Semaphore(_TASKS_PER_PLACE * concurrency))
+        self._maps = OpenMaps(database, self.run_id)
         self._functions: dict[str, ItemFunction] = {}
         self._running: dict[tuple[int, int], _Task] = {}  # by ordinal and attempt
-        self._left: dict[int, set[_Task]] = {}  # of each open slice, the tasks that have not ended
         self._is_interrupted = False
         self._is_draining = False
         self.services = _Services(self)
 
     # -- slices
 
-    async def run_slice(self, slice: Mapping[str, Any]) -> bool:
-        """Do the tasks of a queue job that are not decided; tell whether none of them has to come back."""
+    async def run_slice(self, slice: Mapping[str, Any], on_end: Callable[[int], None]) -> bool:
+        """Do the tasks of a queue job that are not decided; tell whether none of them has to come back.
+
+        `on_end` hears how many are left, whenever that changes.
+        """
         rows = await self._database.persist("load_tasks", worker_id=self._worker_id, slice=dict(slice))
         rows.sort(key=lambda row: row["ordinal"])
-        tasks = [self._begun(row) for row in rows]
-        left = self._left[id(tasks)] = set(tasks)
+        depth = self._depths[slice["depth"]]
 
-        async def run(task: _Task) -> bool:
-            is_whole = await self._run_in_place(task)
-            left.discard(task)
-            self._tell_running()
+        left = len(rows)
+        on_end(left)
+
+        async def run(row: Row) -> bool:
+            nonlocal left
+            async with depth:
+                is_whole = await self._run_in_place(self._begun(row))
+            left -= 1
+            on_end(left)
             return is_whole
 
-        try:
-            return all(await asyncio.gather(*map(run, tasks)))
-        finally:
-            del self._left[id(tasks)]
+        return all(await asyncio.gather(*map(run, rows)))
 
     async def _run_in_place(self, task: _Task) -> bool:
         """Run a task once there is a place for it, and see its end recorded; False when it has to come back."""
@@ -163,6 +166,7 @@ class Session:
         if task.scope.ordinal == 0 and outcome["status"] == "succeeded" and outcome["result"] is not None:
             task.scope.emit("result", {"key": "return", "value": outcome["result"]})
         await self._journal.end(self.run_id, task.scope.ordinal, task.scope.attempt, outcome)
+        self._maps.hear()
         return True
 
     async def _take_place(self, task: _Task) -> None:
@@ -244,7 +248,7 @@ class Session:
                 return {"status": "succeeded", "result": None}
             except Failed as exc:
                 return {"status": "failed", "error": str(exc), "is_final": True}
-            except (_Stopped, LeaseLost):
+            except (Stopped, LeaseLost):
                 return None
             except (Cancelled, asyncio.CancelledError):
                 if not (self._is_interrupted or task.is_interrupted):  # its own doing
@@ -371,12 +375,7 @@ class Session:
 
     def _tell_running(self) -> None:
         running = [place for place, task in self._running.items() if not task.maps]
-        self._on_running(running, len(self._running) - len(running), self.resting)
-
-    @property
-    def resting(self) -> int:
-        """How many open slices only wait for maps; the slices of those have to be taken beside them."""
-        return sum(all(task.maps for task in left) for left in self._left.values() if left)
+        self._on_running(running, len(self._running) - len(running))
 
     @contextlib.asynccontextmanager
     async def _parked(self, scope: Scope) -> AsyncIterator[None]:
@@ -419,6 +418,8 @@ class Session:
         items = list(items)
         arguments = [to_jsonable_python(item) for item in items]
         keys = list(keys_of(arguments, None if key is None else [key(item) for item in items]))
+        if not keys:
+            return []
         pairs = list(zip(keys, arguments, strict=True))
         for start in range(0, len(keys), _MAP_CHUNK):
             await self._database.persist(
@@ -432,17 +433,7 @@ class Session:
                 retries=retries,
             )
         async with self._parked(scope):
-            delay = _POLL_SECONDS[0]
-            while keys:
-                state = (
-                    await self._database.persist("map_state", run_id=self.run_id, parent=scope.ordinal, map=label)
-                )[0]
-                if state["is_done"]:
-                    break
-                if state["status"] != "running":
-                    raise Cancelled(f"the run is {state['status']}")
-                await asyncio.sleep(delay * (0.8 + 0.4 * random.random()))
-                delay = min(delay * 1.3, _POLL_SECONDS[1])
+            await self._maps.wait(scope.ordinal, label)
         ended = {
             row["key"]: row
             for row in await self._database.persist("map_results", run_id=self.run_id, parent=scope.ordinal, map=label)
@@ -468,6 +459,36 @@ class Session:
     async def close(self) -> None:
         """Give back what was leased."""
         await self._chat.close()
+
+
+@dataclass(slots=True)
+class OpenSlice:
+    """A slice that a process has taken: of which run and depth, and how many of its tasks have not ended."""
+
+    run_id: int
+    depth: int
+    left: int
+
+    @classmethod
+    def of(cls, slice: Slice) -> OpenSlice:
+        """Return a slice as it is when it was just taken."""
+        assert slice.depth is not None
+        return cls(slice.run_id, slice.depth, slice.count)
+
+
+def full_depths(slices: Iterable[OpenSlice], concurrency: int) -> dict[str, list[int]]:
+    """Return of which depths a process has enough tasks, by run.
+
+    Whoever waits for a map thus keeps nobody from taking its items: they are deeper.
+    """
+    left = Counter[tuple[int, int]]()
+    for slice in slices:
+        left[slice.run_id, slice.depth] += slice.left
+    full = defaultdict[str, list[int]](list)
+    for (run_id, depth), count in left.items():
+        if count >= _TASKS_PER_PLACE * concurrency:
+            full[str(run_id)].append(depth)
+    return dict(full)
 
 
 class _Services:

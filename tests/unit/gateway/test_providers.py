@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 from typing import Any
 
 import jsonschema
@@ -619,3 +620,73 @@ def test_whatever_a_header_says_a_wait_is_never_negative(name: str, value: str) 
     with pytest.raises(RateLimited) as caught:
         decoded("openai", {}, status=429, headers={"retry-after": "x", name: value})
     assert caught.value.retry_after is None or caught.value.retry_after >= 0
+
+
+# ---- confidence ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("provider", "expected"),
+    [
+        ("openai", {"logprobs": True}),
+        ("openai_compatible", {"logprobs": True}),
+        ("openai_responses", {"include": ["message.output_text.logprobs"]}),
+        ("gemini", {"generationConfig": {"responseLogprobs": True}}),
+        ("anthropic", {}),
+    ],
+)
+def test_log_probabilities_are_asked_for_in_each_vendors_words(provider: str, expected: dict[str, Any]) -> None:
+    plain = encoded(provider).body
+    body = encoded(provider, parameters={"logprobs": True}).body
+    assert {name: value for name, value in body.items() if name not in plain} == expected
+    if provider.startswith("openai") and provider != "openai_compatible":
+        body = encoded(provider, is_reasoning=True, parameters={"logprobs": True}).body
+        assert not expected.keys() & body.keys(), "a model that reasons refuses them"
+
+
+TOKENS = [{"token": "Par", "logprob": -0.5}, {"token": "is", "logprob": 0.0}, {"token": "!", "logprob": -9999.0}]
+MEAN = (math.exp(-0.5) + 1 + 0) / 3
+
+
+@pytest.mark.parametrize(
+    ("provider", "body"),
+    [
+        ("openai", {"choices": [{"message": {"content": "Paris!"}, "logprobs": {"content": TOKENS}}]}),
+        ("openai_compatible", {"choices": [{"message": {"content": "Paris!"}, "logprobs": {"content": TOKENS}}]}),
+        (
+            "openai_responses",
+            {
+                "output": [
+                    {"type": "reasoning"},
+                    *[
+                        {"type": "message", "content": [{"type": "output_text", "text": "P", "logprobs": tokens}]}
+                        for tokens in (TOKENS[:1], TOKENS[1:])
+                    ],
+                ]
+            },
+        ),
+        (
+            "gemini",
+            {
+                "candidates": [
+                    {
+                        "content": {"parts": [{"text": "Paris!"}]},
+                        "avgLogprobs": -3.0,
+                        "logprobsResult": {
+                            "chosenCandidates": [{"logProbability": token["logprob"]} for token in TOKENS]
+                        },
+                    }
+                ]
+            },
+        ),
+    ],
+)
+def test_the_confidence_of_an_answer_is_the_mean_probability_of_its_tokens(provider: str, body: Any) -> None:
+    assert decoded(provider, body).confidence == pytest.approx(MEAN)
+
+
+@pytest.mark.parametrize("tokens", [None, [], {}, "x", [None, "x", {}, {"logprob": "high"}, {"logprob": True}]])
+def test_without_log_probabilities_there_is_no_confidence(tokens: Any) -> None:
+    choice = {"message": {"content": "Paris"}, "logprobs": {"content": tokens}}
+    assert decoded("openai", {"choices": [choice]}).confidence is None
+    assert decoded("openai", chat("Paris", logprobs=tokens)).confidence is None

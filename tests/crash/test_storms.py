@@ -1,0 +1,133 @@
+"""Providers that refuse or fail: two workers find a limit that nobody told them of, and leave an outage alone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import pytest
+from aiohttp import web
+
+from stub_provider import StubProvider, _error, _record
+
+
+class Limiter(Protocol):
+    """What a provider admits."""
+
+    def admits(self) -> bool: ...
+    def ended(self) -> None: ...
+
+
+class Bucket:
+    """So many requests a second, and as many at once after a pause."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = self.level = rate
+        self.at = time.monotonic()
+
+    def admits(self) -> bool:
+        now = time.monotonic()
+        self.level, self.at = min(self.rate, self.level + (now - self.at) * self.rate), now
+        is_admitted = self.level >= 1
+        self.level -= is_admitted
+        return is_admitted
+
+    def ended(self) -> None: ...
+
+
+class Places:
+    """So many requests at once."""
+
+    def __init__(self, count: int) -> None:
+        self.free = count
+
+    def admits(self) -> bool:
+        is_admitted = self.free > 0
+        self.free -= is_admitted
+        return is_admitted
+
+    def ended(self) -> None:
+        self.free += 1
+
+
+class Storm:
+    """A stub that refuses with 429 what its limiter does not admit."""
+
+    def __init__(self, stub: StubProvider, limiter: Limiter, latency: float) -> None:
+        self.accepted: list[float] = []
+        self.refused: list[float] = []
+        stub._is_recording = False
+        serve: Callable[..., Any] = stub._serve
+
+        async def limited(provider: str, request: web.Request) -> web.StreamResponse:
+            if not limiter.admits():
+                self.refused.append(time.monotonic())
+                recorded = await _record(provider, request)
+                return _error(recorded, 429, "rate_limit_error", "slow down", {"retry-after": "1"})
+            self.accepted.append(time.monotonic())
+            try:
+                await asyncio.sleep(latency)
+                response: web.StreamResponse = await serve(provider, request)
+                return response
+            finally:
+                limiter.ended()
+
+        stub._serve = limited  # type: ignore[method-assign]
+
+    def rate(self, after: float) -> float:
+        """Return the requests accepted a second, from so many seconds after the first until the last but one second."""
+        first, last = self.accepted[0] + after, self.accepted[-1] - 1
+        return sum(first <= at < last for at in self.accepted) / (last - first)
+
+    def refused_share(self, after: float = 0.0) -> float:
+        """Return the share of the requests that were refused, from so many seconds after the first."""
+        first = self.accepted[0] + after
+        refused, accepted = (sum(at >= first for at in times) for times in (self.refused, self.accepted))
+        return refused / (refused + accepted)
+
+
+@pytest.mark.parametrize(
+    ("limiter", "latency", "limit", "settled"),
+    [(Bucket(120), 0.05, 120.0, 10.0), (Places(24), 0.2, 120.0, 30.0)],
+    ids=["requests a second", "requests at once"],
+)
+def test_two_workers_settle_at_a_limit_that_nobody_told_them(
+    lab: Any, stub: Any, limiter: Limiter, latency: float, limit: float, settled: float
+) -> None:
+    storm = Storm(stub, limiter, latency)
+    lab.model("vendor", "openai_compatible", model="m", base_url=stub.base_url("openai_compatible"))
+    lab.instance("storm", cases=100, note_replications=50, generator="vendor", max_attempts=1)
+    for _ in range(2):
+        lab.workers(1, concurrency=100)
+    run_id = lab.start("storm")
+    lab.wait_for_end(run_id, seconds=120)
+    lab.assert_complete(run_id)
+    assert storm.rate(settled) >= 0.9 * limit
+    assert storm.refused_share(settled) <= 0.02
+    assert storm.refused_share() <= 0.04, "until the limit is known, too"
+    [(learned, refusals)] = lab.rows(
+        "select requests_per_minute, (select count(*) from pgharness.calls where outcome = 'rate_limited')"
+        " from pgharness.learned_limits"
+    )
+    assert learned is not None and refusals == len(storm.refused)
+
+
+def test_an_outage_gets_probes_alone_and_costs_no_attempts(lab: Any, stub: Any) -> None:
+    stub.always = "server_error"
+    lab.model("vendor", "openai_compatible", model="m", base_url=stub.base_url("openai_compatible"))
+    lab.instance("outage", cases=200, generator="vendor", max_attempts=2)
+    for _ in range(2):
+        lab.workers(1, concurrency=10)
+    run_id = lab.start("outage")
+    state = "select state from pgharness.circuit_breakers"
+    lab.wait(lambda: lab.value(state) in ("open", "half_open"), "an open circuit")
+    before = len(stub.arrivals)
+    lab.wait(lambda: lab.value("select trips from pgharness.model_limits") >= 3, "two probes in vain")
+    assert len(stub.arrivals) - before <= 20 + 3, "the calls in flight, and the probes"
+    stub.always = None
+    lab.wait_for_end(run_id, seconds=60)
+    lab.assert_complete(run_id)
+    assert lab.value(state) == "closed"
+    assert lab.value("select last_error from pgharness.circuit_breakers") is not None

@@ -1,0 +1,54 @@
+"""Models from the command line: listed, added, asked."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+from psycopg import Connection
+
+from command_line import CommandLine
+
+CALM = ("--provider", "simulator", "--set", "latency_seconds=0")
+
+
+@pytest.fixture
+def shell(url: str) -> CommandLine:
+    return CommandLine(url)
+
+
+def test_a_model_is_added_once_and_changed_only_when_asked(shell: CommandLine) -> None:
+    assert "model calm added" in shell.call("models", "add", "calm", *CALM).out
+    assert "is there already" in shell.call("models", "add", "calm", *CALM).out
+    refused = shell.call("models", "add", "calm", *CALM, "--set", "quality=0.5", status=1)
+    assert 'model "calm" exists with other values' in refused.err and "--replace" in refused.err
+    assert "changed" in shell.call("models", "add", "calm", *CALM, "--set", "quality=0.5", "--replace").out
+    (found,) = (row for row in shell.call("models", "list", "--json").json if row["name"] == "calm")
+    assert (found["provider"], found["parameters"]) == ("simulator", {"latency_seconds": 0, "quality": 0.5})
+    assert "calm" in shell.call("models", "list").out
+
+
+def test_what_cannot_be_a_model_is_refused_with_what_to_type(shell: CommandLine) -> None:
+    refused = shell.call("models", "add", "panel", "--provider", "ensemble", "--member", "nobody", status=1)
+    assert 'its member "nobody" does not exist' in refused.err and "select name from" in refused.err
+    assert 'model "nobody" does not exist' in shell.call("ask", "nobody", "Well?", status=1).err
+
+
+def test_a_composite_is_asked_like_any_model_and_shows_what_each_call_was(shell: CommandLine, url: str) -> None:
+    for name in ("a", "b", "c"):
+        shell.call("models", "add", name, *CALM)
+    members = [word for name in ("a", "b", "c") for word in ("--member", name)]
+    shell.call("models", "add", "panel", "--provider", "ensemble", *members)
+    told = shell.call("ask", "panel", "The patient has had a cough for nine days.", "--json").json
+    assert [call["model"] for call in told["calls"]] == ["panel", "a", "b", "c"]
+    assert told["text"] and 0 < told["composition"]["consensus"] <= 1
+    shown = shell.call("ask", "panel", "The patient has had a cough for nine days.").out
+    assert told["text"].splitlines()[0] in shown and "consensus" in shown
+    with psycopg.connect(url) as connection:
+        assert _count(connection, "calls") == 0, "nothing is recorded"
+        assert _count(connection, "models where name in ('a', 'b', 'c', 'panel')") == 4
+
+
+def _count(connection: Connection[tuple[int]], table: str) -> int:
+    found = connection.execute(f"select count(*) from pgharness.{table}".encode()).fetchone()
+    assert found is not None
+    return found[0]
