@@ -188,3 +188,41 @@ def test_primock57_plans_and_yields_35_notes_and_140_grades_per_combination(url:
     assert done == [(35, 140), (35, 140)]
     careful = found["primock57/careful -> primock57/grader"]
     assert careful[1] > found["primock57/hasty -> primock57/grader"][2]
+
+
+def test_a_panel_is_right_more_often_than_the_best_of_it_alone(url: str) -> None:
+    script = EXPERIMENTS / "ensemble_reliability" / "ensemble_reliability.sql"
+    psql(url, script)
+    psql(url, script)
+    run(url, "ensemble-reliability", "--concurrency", "100")
+    with psycopg.connect(url) as connection:
+        found = scores(connection)
+        assert found["single"][0] < min(found["panel of 3"][0], found["panel of 5"][0], found["panel of 7"][0])
+        assert found["panel of 7"][0] < Decimal("0.99"), "errors that come together are not voted away"
+        united = rows(
+            connection,
+            b"""
+            select avg(g.normalised_score) filter (where c.consensus = 1) - avg(g.normalised_score) filter (where c.consensus < 0.6)
+              from pgharness.composite_calls as c
+              join pgharness.grades as g on g.run_id = c.run_id and g.note_ordinal = c.ordinal
+            """,
+        )
+        assert united[0][0] > 0.1, "consensus says how sure an answer is"
+
+
+def test_hedging_cuts_the_slowest_answers_for_a_few_requests_more(url: str) -> None:
+    psql(url, EXPERIMENTS / "hedging" / "hedging.sql")
+    run(url, "hedging", "--concurrency", "50")
+    with psycopg.connect(url) as connection:
+        slowest = dict(
+            rows(
+                connection,
+                b"""
+                select combination, percentile_cont(0.99) within group (order by latency_ms)
+                  from pgharness.note_results group by 1
+                """,
+            )
+        )
+        assert slowest["hedged"] < slowest["baseline"] / 2
+        extra = rows(connection, b"select extra_count::float / call_count from pgharness.hedging")
+        assert 0.01 < extra[0][0] <= 0.1
