@@ -218,8 +218,10 @@ begin
     if _is_budgeted(v_run) then
         select w.concurrency into v_places from workers as w where w.id = lease_run.worker_id and w.concurrency > 0;
         -- no more than it can use until it asks again; while nothing is known of the costs, one call in each place
-        v_may_begin := least(coalesce(_payable_calls(v_run, lease_run.worker_id, lease_run.in_use), greatest(v_places - lease_run.in_use, 0)),
-                             10 * greatest(v_places, 100));
+        -- and nothing for who neither has nor wants a call: it asks no more, and what it held would be kept from the others
+        v_may_begin := case when lease_run.in_use + lease_run.wanted = 0 then 0
+                            else least(coalesce(_payable_calls(v_run, lease_run.worker_id, lease_run.in_use), greatest(v_places - lease_run.in_use, 0)),
+                                       10 * greatest(v_places, 100)) end;
         v_granted := case when v_run.max_concurrency is null then lease_run.in_use + v_may_begin else least(v_granted, lease_run.in_use + v_may_begin) end;
     end if;
     if v_run.max_concurrency is not null or v_may_begin is not null then

@@ -62,3 +62,5 @@ def test_the_budget_of_a_project_stops_all_its_runs_and_one_command_goes_on(lab:
     for run_id in runs:
         lab.wait_for_end(run_id)
         lab.assert_complete(run_id)
+    held = "select count(*) from pgharness.run_leases where in_use + granted > 0"
+    lab.wait(lambda: not lab.value(held), "workers without calls to keep none from each other")

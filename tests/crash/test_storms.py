@@ -100,3 +100,22 @@ def test_two_workers_learn_a_limit_that_nobody_told_them(lab: Any, stub: Any, li
         " from pgharness.learned_limits"
     )
     assert learned is not None and refusals == storm.refused
+
+
+def test_an_outage_gets_probes_alone_and_costs_no_note(lab: Any, stub: Any) -> None:
+    stub.always = "server_error"
+    lab.model("vendor", "openai_compatible", model="m", base_url=stub.base_url("openai_compatible"))
+    lab.instance("outage", cases=200, generator="vendor", max_attempts=2)
+    for _ in range(2):
+        lab.workers(1, concurrency=10)
+    run_id = lab.start("outage")
+    state = "select state from pgharness.circuit_breakers"
+    lab.wait(lambda: lab.value(state) in ("open", "half_open"), "an open circuit")
+    before = len(stub.arrivals)
+    lab.wait(lambda: lab.value("select trips from pgharness.model_limits") >= 4, "three probes in vain")
+    assert len(stub.arrivals) - before <= 20 + 4, "the calls in flight, and the probes"
+    stub.always = None
+    lab.wait_for_end(run_id, seconds=60)
+    lab.assert_complete(run_id)
+    assert lab.value(state) == "closed"
+    assert lab.value("select last_error from pgharness.circuit_breakers") is not None

@@ -120,6 +120,18 @@ def test_no_more_calls_begin_than_what_is_left_can_pay_for(tx: Database) -> None
     assert value(tx, "select left_usd from pgharness.budgets where scope = 'run'") == Decimal("-0.25")
 
 
+def test_a_worker_without_calls_keeps_none_from_the_others(tx: Database) -> None:
+    """It asks no more: the last call that a budget can pay for must not be its own for ever."""
+    in_project(tx, "one")
+    first, second = register(tx, pid=1), register(tx, pid=2)
+    run = start(tx, "one", budget_usd=Decimal(10))
+    assert spend(tx, first, run, 0, 9.75) == "running"
+    assert lease(tx, first, run, 0, 1) == 1
+    assert lease(tx, second, run, 0, 1) == 0
+    assert lease(tx, first, run, 0, 0) == 0
+    assert lease(tx, second, run, 0, 1) == 1
+
+
 def test_a_run_without_budgets_need_not_ask(tx: Database) -> None:
     in_project(tx, "one")
     run, worker = start(tx, "one"), register(tx)

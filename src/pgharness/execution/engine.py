@@ -65,7 +65,7 @@ class Engine:
         self._worker_id = worker_id
         self.concurrency = concurrency
         self._free = concurrency
-        self._limits = Limits(database, worker_id, self._fill_places, lambda: self._recorder.unwritten)
+        self._limits = Limits(database, worker_id, self._fill_places, lambda run_id: self._recorder.unwritten(run_id))
         self._cache = ResponseCache(database, worker_id)
         self._recorder = Recorder(
             DatabaseLine(database.url, application_name="pgharness recorder"),

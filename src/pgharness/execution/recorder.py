@@ -9,7 +9,7 @@ import logging
 import random
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -56,7 +56,8 @@ class Recorder:
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Entry] = deque()
-        self._writing = 0
+        self._added: Counter[int] = Counter()  # by run; only the loop's thread counts here,
+        self._settled: Counter[int] = Counter()  # and only the recorder's here
         self._wake = threading.Event()
         self._has_group = threading.Event()
         self._is_closing = False
@@ -66,6 +67,7 @@ class Recorder:
 
     def add(self, outcome: Row, token: Any = None) -> None:
         """Take an outcome to be written soon, for whom the token stands."""
+        self._added[outcome["run_id"]] += 1
         self._queue.append(_Entry(outcome, token))
         if not self._wake.is_set():
             self._wake.set()
@@ -77,10 +79,9 @@ class Recorder:
         """How many outcomes wait to be written."""
         return len(self._queue)
 
-    @property
-    def unwritten(self) -> int:
-        """How many outcomes wait to be written, or are being written."""
-        return len(self._queue) + self._writing
+    def unwritten(self, run_id: int) -> int:
+        """Return how many outcomes of a run wait to be written, or are being written."""
+        return self._added[run_id] - self._settled[run_id]
 
     def hurry(self) -> None:
         """From now on, give up on a database that stays away."""
@@ -106,13 +107,12 @@ class Recorder:
                 while self._queue and len(batch) < _BATCH_ITEMS and size < _BATCH_BYTES:
                     batch.append(self._queue.popleft())
                     size += len(batch[-1].text)
-                    self._writing = len(batch)
                 try:
                     self._write(batch)
                 except Exception as exc:  # whatever it is, those who wait are told, and the recorder lives on
                     logger.exception("%s outcomes could not be written", len(batch))
                     self._lose(batch, exc)
-                self._writing = 0
+                self._settled.update(entry.outcome["run_id"] for entry in batch)
         self._line.close()
 
     def _write(self, batch: list[_Entry]) -> None:

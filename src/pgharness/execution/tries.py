@@ -91,6 +91,8 @@ class Tries:
         except Exception as exc:
             error = call.error = model_error(exc)
             call.began = began
+            if gate is not None:
+                gate.spare(began, error)
         else:
             call.began = began
             if gate is not None:

@@ -40,7 +40,8 @@ _UNPACED = (*_LOCAL, "plugin")
 class Limits:
     """The gates of one worker process. `on_change` is called when a gate may admit callers that it turned away.
 
-    `unwritten` says how many calls have ended whose outcomes are not in the database yet: a budget has to pay for them.
+    `unwritten` says how many calls of a run have ended whose outcomes are not in the database yet: a budget has to pay
+    for them.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Limits:
         database: Database,
         worker_id: int,
         on_change: Callable[[], None] = lambda: None,
-        unwritten: Callable[[], int] = lambda: 0,
+        unwritten: Callable[[int], int] = lambda run_id: 0,
     ) -> None:
         self.unwritten = unwritten
         self._database = database
@@ -213,6 +214,8 @@ class Gate:
     def leave(self, began: float | None = None, error: ModelError | None = None) -> None:
         """End a call: when it began, by time.monotonic(), and its error if it failed; without these it was aborted."""
         self._in_use -= 1
+        if began is not None and error is not None:
+            self.spare(began, error)
         if self._pacer is None:
             if error is not None and error.retry_after is not None and not error.spends_attempt:
                 self._limits.block(self._id, error.retry_after)
@@ -221,16 +224,26 @@ class Gate:
         elif (seconds := self._pacer.end(began, error)) is not None:
             asyncio.get_running_loop().call_later(seconds, self._urgent.set)
 
+    def spare(self, began: float, error: ModelError) -> None:
+        """Let a failure spend no attempt if its call was in flight when the model went out of service."""
+        if self._pacer is not None and self._pacer.is_spared(began, error):
+            error.spends_attempt = False
+
     def settle(self, charged: float, used: int) -> None:
         """Correct the quota by what a call really used."""
         if self._permits is not None:
             self._debt += used - charged
 
+    @property
+    def _is_idle(self) -> bool:
+        """Whether nobody waits and nothing is begun, or ended and still to be paid for."""
+        return not self.waiting and not self._in_use and not (self._is_budgeted and self._limits.unwritten(self._id))
+
     async def _negotiate(self) -> None:
         while True:
             self._wake.clear()
             self._urgent.clear()
-            is_idle = not self.waiting and not self._in_use  # then this question gives everything back
+            is_idle = self._is_idle  # then this question gives everything back
             try:
                 await self._ask()
             except (HarnessError, *TRANSIENT) as exc:
@@ -239,7 +252,7 @@ class Gate:
                 continue
             if self.waiting:
                 self._limits.on_change()
-            if is_idle and not self.waiting and not self._in_use:
+            if is_idle and self._is_idle:
                 return  # whoever comes now starts another negotiation
             pause = _REFRESH_SECONDS
             if self.waiting:
@@ -272,7 +285,7 @@ class Gate:
                 self.wait(report.wait)
         in_use = self._in_use
         if self._is_budgeted:
-            in_use += self._limits.unwritten()
+            in_use += self._limits.unwritten(self._id)
             self._permits = 0
         answer = await self._database.call(
             self._lease_function, **self._subject, in_use=in_use, wanted=self.waiting, **told
@@ -282,7 +295,10 @@ class Gate:
     async def _ask(self) -> None:
         lease = await self._lease()
         self._granted = lease["target"] if lease["max_concurrency"] is not None else None
-        self._shared_block = time.monotonic() + lease["blocked_seconds"] if lease["blocked_seconds"] else 0.0
+        self._shared_block = 0.0
+        if lease["blocked_seconds"]:
+            self._shared_block = time.monotonic() + lease["blocked_seconds"]
+            self._granted = 0  # afterwards, the next answer says how many may begin
         if self._pacer is not None:
             self._pacer.learn(lease["rate"], lease["proven_concurrency"])
         is_used_up = self._granted is not None and self._in_use >= self._granted

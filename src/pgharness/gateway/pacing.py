@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pgharness.errors import ModelError, RateLimited, ServerFailed, TimedOut, Unavailable
 
 FIRST_WINDOW = 10
+_OUTAGES = (Unavailable, ServerFailed, TimedOut)
 OUTAGE_AFTER = 10  # failures in a row, after which a model counts as out of service
 LONGEST_WAIT = 60.0
 _BIN_SECONDS = 0.05
@@ -83,6 +84,7 @@ class Pacer:
         self._waits = 0
         self._wait = 0.0
         self._failures_in_a_row = 0
+        self._out_since = float("-inf")  # from when on the model counts as out of service
         self._failed = 0
         self._answered = 0
         self._wait_out = 0.0
@@ -151,22 +153,29 @@ class Pacer:
         if isinstance(error, RateLimited):
             return self._refuse(began, error)
         self._ended[now % _BINS] += 1
-        if isinstance(error, Unavailable | ServerFailed | TimedOut):
+        if isinstance(error, _OUTAGES):
             self._failures_in_a_row += 1
             self._failed += 1
             self._error = str(error)
             self._wait_out = max(self._wait_out, error.retry_after or 0.0)
-            if self._failures_in_a_row % OUTAGE_AFTER:
+            if self._failures_in_a_row < OUTAGE_AFTER or (self._failures_in_a_row % OUTAGE_AFTER and self._in_flight):
                 return None
+            if self._failures_in_a_row == OUTAGE_AFTER:
+                self._out_since = self._clock()
             self.is_held = True
             return 0.0
         self._failed = self._failures_in_a_row = self._waits = 0
+        self._out_since = float("-inf")
         if began > self._row_since:
             self._row_since = float("inf")
         self._answered += 1
         if self.rate is None:
             self._grow(self._clock() - began)
         return None
+
+    def is_spared(self, began: float, error: ModelError) -> bool:
+        """Tell whether a failure says nothing of its call: it was in flight when the model went out of service."""
+        return isinstance(error, _OUTAGES) and began <= self._out_since
 
     def cancel(self) -> None:
         """A call was aborted, and says nothing."""

@@ -228,6 +228,30 @@ def test_failures_in_a_row_are_reported_at_once_and_hold_everything(
     assert (report.failed, report.answered, report.error, report.wait) == (OUTAGE_AFTER, 0, "down", 3)
 
 
+def test_calls_in_flight_when_a_model_goes_out_of_service_are_spared_and_probes_are_not(
+    pacer: Pacer, clock: Clock
+) -> None:
+    began, error = clock.now, ServerFailed("down")
+    pacer.window = 2 * OUTAGE_AFTER
+    assert begin(pacer, 1_000) == 2 * OUTAGE_AFTER
+    clock.now += 0.1
+    for count in range(2 * OUTAGE_AFTER):
+        assert pacer.is_spared(began, error) == (count >= OUTAGE_AFTER)
+        assert not pacer.is_spared(began, InvalidOutput("not JSON")), "it answered"
+        pacer.end(began, error)
+    pacer.learn(None)
+    clock.now += 1
+    probed = clock.now
+    pacer.begin()
+    clock.now += 0.1
+    assert not pacer.is_spared(probed, error)
+    assert pacer.end(probed, error) == 0.0, "what became of a probe is told at once"
+    pacer.learn(None)
+    pacer.begin()
+    pacer.end(clock.now)
+    assert not pacer.is_spared(began, error), "it is in service again"
+
+
 def test_any_answer_ends_a_row_of_failures_even_an_unusable_one(pacer: Pacer, clock: Clock) -> None:
     for count in range(3 * OUTAGE_AFTER):
         began = clock.now
