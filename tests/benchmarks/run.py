@@ -24,6 +24,7 @@ from typing import Any
 import comparison
 import figures
 import hedging
+import storms
 import telling
 import views
 import windows
@@ -34,7 +35,20 @@ from rich.table import Table
 
 from pgharness.environment import environment
 
-NAMES = ("items", "inspect", "calls", "http", "memory", "planning", "views", "start", "sharing", "telling", "hedging")
+NAMES = (
+    "items",
+    "inspect",
+    "calls",
+    "http",
+    "memory",
+    "planning",
+    "views",
+    "start",
+    "sharing",
+    "telling",
+    "hedging",
+    "storms",
+)
 INSPECT_PYTHON = "PGHARNESS_BENCH_INSPECT_PYTHON"
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
 stderr = Console(stderr=True, highlight=False)
@@ -65,6 +79,7 @@ def lines(bed: Bed, wanted: set[str], inspect_python: Path | None) -> Iterator[L
         "sharing": figures.sharing,
         "telling": telling.telling,
         "hedging": hedging.hedging,
+        "storms": storms.storms,
     }
     for name, figure in others.items():
         if name in wanted:
