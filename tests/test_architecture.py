@@ -7,6 +7,7 @@ import importlib
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,6 +132,14 @@ def test_only_the_database_layer_holds_sql() -> None:
     statement = re.compile(r"\s*(select|insert|update|delete|create|alter|drop|truncate)\s")
     users = {unit(path) for path in MODULES for text in texts(path) if statement.match(text)}
     assert users <= {"database", "schema", "embedded"}
+
+
+def test_commands_start_without_what_few_of_them_need() -> None:
+    """Every command imports the whole command line; what takes long to import waits until it is used."""
+    heavy = ("aiohttp", "httpx", "numpy", "procrastinate", "scipy", "uvloop")
+    code = f"import pgharness.cli, sys; print([name for name in {heavy} if name in sys.modules])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout == "[]\n"
 
 
 def test_public_names() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.text import Text
@@ -15,8 +15,10 @@ from pgharness.cli.configs import laid_over, read_config
 from pgharness.cli.runs import Json
 from pgharness.cli.session import print_json, session_of, stdout, table, usd
 from pgharness.errors import Conflict, InvalidArgument, ModelError
-from pgharness.sdk.asking import Question
 from pgharness.types import Message, Provider
+
+if TYPE_CHECKING:
+    from pgharness.sdk.asking import Question
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter; may be repeated.")]
 _SHOWN = ("name", "provider", "model", "parameters", "base_url", "api_key_env", "description")
@@ -96,6 +98,8 @@ def ask(
 
     Example: pgharness ask panel "Is 91 a prime number? Answer yes or no."
     """
+    from pgharness.sdk.asking import Question  # it takes a while to import
+
     session = session_of(context)
     messages = [*([Message("system", system)] if system else []), Message("user", prompt)]
     question = Question(messages, read_config(str(schema)) if schema else None, laid_over({}, settings or (), {}), seed)
