@@ -90,7 +90,7 @@ comment on column pgharness.expected_costs.high_cost_usd is 'The upper end.';
 
 create or replace view pgharness.expected_workload with (security_invoker = true) as
 select i.id as instance_id, i.name as instance, cases.case_count, plan.combination_count, plan.note_count, plan.grade_count,
-       plan.note_cost_usd, plan.grade_cost_usd, plan.note_cost_usd + plan.grade_cost_usd as cost_usd, plan.cost_basis, model.unpriced_models,
+       plan.note_cost_usd, plan.grade_cost_usd, plan.note_cost_usd + plan.grade_cost_usd as cost_usd, plan.cost_basis, price.unpriced_models,
        array_remove(array[
            case when cases.case_count = 0 then 'it has no cases' end,
            case when plan.combination_count = 0 then 'it has no model combinations' end,
@@ -124,13 +124,20 @@ select i.id as instance_id, i.name as instance, cases.case_count, plan.combinati
        select coalesce(bool_or(m.id = mc.grader_id and m.provider <> 'metric' and i.rubrics_per_case > 0), false) as needs_rubrics,
               coalesce(bool_or(m.id = mc.grader_id and (m.provider = 'metric' or i.rubrics_per_case = 0)
                                and not (m.model = 'regex' and m.parameters || mc.grader_parameters ? 'pattern')
-                               and not (m.provider = 'metric' and m.model like 'plugin:%')), false) as needs_targets,
-              coalesce(array_agg(distinct m.name) filter (
-                  where m.provider in ('openai', 'openai_responses', 'anthropic', 'gemini')
-                    and m.input_usd_per_million is null and m.output_usd_per_million is null), '{}') as unpriced_models
+                               and not (m.provider = 'metric' and m.model like 'plugin:%')), false) as needs_targets
          from pgharness.model_combinations as mc
          join pgharness.models as m on m.id in (mc.generator_id, mc.grader_id)
-        where mc.instance_id = i.id) as model;
+        where mc.instance_id = i.id) as model
+ cross join lateral (
+       with recursive asked (model_id) as (
+           select used.model_id from pgharness.model_combinations as mc cross join lateral (values (mc.generator_id), (mc.grader_id)) as used (model_id)
+            where mc.instance_id = i.id
+           union
+           select x.member_id from asked join pgharness.model_members as x on x.model_id = asked.model_id
+       )
+       select coalesce(array_agg(m.name order by m.name), '{}') as unpriced_models
+         from asked join pgharness.models as m on m.id = asked.model_id
+        where m.provider in ('openai', 'openai_responses', 'anthropic', 'gemini') and m.input_usd_per_million is null and m.output_usd_per_million is null) as price;
 comment on view pgharness.expected_workload is
 'One row per instance: what start_run would plan now (198 cases x 5 notes are 990 notes; x 2 rubrics x 2 grades, 3,960 grades), an estimate of its cost, and what would keep it from starting. Example: select * from pgharness.expected_workload where instance = ''triage-v2'';';
 comment on column pgharness.expected_workload.note_count is 'Cases x combinations x transcript overlaps x note replications.';
@@ -141,7 +148,7 @@ comment on column pgharness.expected_workload.grade_cost_usd is 'Estimate for th
 comment on column pgharness.expected_workload.cost_usd is 'Estimate for notes and grades together. Calls that fail and are repeated are in it as far as past calls had them.';
 comment on column pgharness.expected_workload.cost_basis is
 'What the estimate rests on: past calls (model_usage), where a model has any; else text length (4 characters a token of prompt, case and criteria; answers of the max_tokens parameter, or 500); null without combinations.';
-comment on column pgharness.expected_workload.unpriced_models is 'Models of paid providers without a price: the estimate takes them as free.';
+comment on column pgharness.expected_workload.unpriced_models is 'Models of paid providers, members of composites too, without a price: the estimate takes them as free.';
 comment on column pgharness.expected_workload.problems is 'Why start_run would refuse this instance; empty when it would start.';
 comment on column pgharness.expected_workload.low_cost_usd is 'The lower end of an interval for cost_usd, the sum of those of expected_costs, which says how it is made: for several combinations rather too wide.';
 comment on column pgharness.expected_workload.high_cost_usd is 'The upper end.';

@@ -6,7 +6,7 @@ supports of it. Everything here is data: no I/O, no defaults that depend on the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Protocol
@@ -156,6 +156,14 @@ class ModelSpec(BaseModel):
     cached_input_usd_per_million: float | None = None
     batch_price_factor: float = 0.5
     members: tuple[ModelSpec, ...] = ()
+
+    def leaves(self) -> Iterator[ModelSpec]:
+        """Yield the models below a composite that answer by themselves."""
+        for member in self.members:
+            if member.members:
+                yield from member.leaves()
+            else:
+                yield member
 
     def price(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> float:
         """Return what so many tokens cost, in USD; a price that is not set counts as zero.

@@ -241,6 +241,17 @@ def test_an_estimate_from_text_has_a_wide_interval_and_past_calls_narrow_it(tx: 
     assert (low, middle, high) == pytest.approx((200 - spread, 200, 200 + spread), rel=1e-3)
 
 
+def test_members_without_a_price_are_named(tx: Database) -> None:
+    tx.execute("insert into pgharness.models (name, provider, model) values ('priceless', 'openai', 'm')")
+    for name, member in (("panel", "priceless"), ("panel of panels", "panel")):
+        members = json.dumps({"members": [member, "simulator"]})
+        tx.execute(
+            "insert into pgharness.models (name, provider, parameters) values (%s, 'ensemble', %s)", (name, members)
+        )
+    add_instance(tx, cases=1, combinations=[("panel of panels", None)])
+    assert value(tx, "select unpriced_models from pgharness.expected_workload") == ["priceless"]
+
+
 def test_what_the_members_of_a_composite_cost_is_what_it_costs(tx: Database) -> None:
     tx.execute(
         "insert into pgharness.models (name, provider, input_usd_per_million) values ('a', 'simulator', 1), ('b', 'simulator', 2)"

@@ -16,9 +16,7 @@ from rich.text import Text
 
 from pgharness import archiving, database
 from pgharness.archiving import Archive, OnProgress
-from pgharness.cli.session import Session, print_json, session_of, stderr, stdout, table
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+from pgharness.cli.session import Json, Session, print_json, session_of, stderr, stdout, table
 
 _UNITS = {"h": "hours", "d": "days", "w": "weeks"}
 

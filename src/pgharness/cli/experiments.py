@@ -20,7 +20,7 @@ from pgharness import database
 from pgharness.cli.configs import ConfigFile, Set, fields, flattened, laid_over, read_config
 from pgharness.cli.records import compact, print_run, record_of
 from pgharness.cli.runs import EXIT_BY_STATUS, Cache, shortened
-from pgharness.cli.session import Session, print_json, session_of, shown, stderr, stdout, table
+from pgharness.cli.session import Json, Session, print_json, session_of, shown, stderr, stdout, table
 from pgharness.database import Row
 from pgharness.errors import Conflict, HarnessError, InvalidArgument, NotFound
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from pgharness.sdk.definition import Experiment
     from pgharness.sdk.discovery import Findings, Problem
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="An experiment's name.")]
 
 _FOLDER = "experiments"

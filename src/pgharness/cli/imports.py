@@ -12,14 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pgharness import clinical_runner as runner
 from pgharness import importing
-from pgharness.cli.session import print_json, session_of, stderr, stdout, table
+from pgharness.cli.session import Json, print_json, session_of, stderr, stdout, table
 from pgharness.importing import CaseColumns, FileFormat, FileOptions, Imported, OnProgress
 
 File = Annotated[str, typer.Argument(metavar="FILE", help="A .jsonl or .csv file, also gzipped; - is standard input.")]
 Format = Annotated[FileFormat | None, typer.Option("--format", help="Where the file's name does not say it.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Overwrite rows that exist with other content.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, and keep nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def add_to(app: typer.Typer) -> None:

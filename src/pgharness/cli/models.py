@@ -12,8 +12,7 @@ from rich.text import Text
 
 from pgharness import database
 from pgharness.cli.configs import laid_over, read_config
-from pgharness.cli.runs import Json
-from pgharness.cli.session import print_json, session_of, stdout, table, usd
+from pgharness.cli.session import Json, print_json, session_of, stdout, table, usd
 from pgharness.errors import Conflict, InvalidArgument, ModelError
 from pgharness.types import Message, Provider
 

@@ -20,12 +20,10 @@ from pgharness import database
 from pgharness.cli import exports
 from pgharness.cli.configs import flattened
 from pgharness.cli.runs import progress_of, shortened
-from pgharness.cli.session import duration, plain, print_json, session_of, stderr, stdout, table, usd
+from pgharness.cli.session import Json, Run, duration, plain, print_json, session_of, stderr, stdout, table, usd
 from pgharness.database import Row
 from pgharness.errors import NotFound
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or id.")]
 Level = Literal["debug", "info", "warning", "error"]
 
 _LEVELS = ("debug", "info", "warning", "error")

@@ -24,16 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from pgharness import database
-from pgharness.cli.session import (
-    duration,
-    plain,
-    print_json,
-    session_of,
-    stderr,
-    stdout,
-    table,
-    usd,
-)
+from pgharness.cli.session import Json, Run, duration, plain, print_json, session_of, stderr, stdout, table, usd
 from pgharness.database import TRANSIENT, Row
 from pgharness.errors import HarnessError, InvalidArgument, NotFound
 
@@ -54,8 +45,6 @@ def _named(name: str | None) -> str | None:
     return name
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or id.")]
 Kind = Literal["trial", "milestone"]
 Cache = Annotated[
     Literal["off", "read", "write", "replay"] | None,

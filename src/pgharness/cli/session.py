@@ -12,7 +12,7 @@ from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
 import typer
@@ -29,6 +29,9 @@ from pgharness.settings import Settings
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or id.")]
 
 
 class Session:

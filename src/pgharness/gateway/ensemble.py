@@ -13,7 +13,7 @@ import asyncio
 import copy
 import json
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, ClassVar
@@ -282,7 +282,7 @@ class Ensemble:
         trail = poll.request.trail
         if trail is None or not any(row["outcome"] == "cancelled" for row in trail.calls):
             return
-        specs = {spec.id: spec for spec in _leaves(self._spec)}
+        specs = {spec.id: spec for spec in self._spec.leaves()}
         rows = [row for row in below(trail.calls, {"started_at": trail.parent_started_at}) if row["model_id"] in specs]
         answered = [row for row in rows if row["outcome"] == "succeeded"]
         written = math.fsum([row["output_tokens"] for row in answered])
@@ -461,15 +461,6 @@ def _decision(ballots: Sequence[Ballot], answer: Any) -> Decision:
         f"the function voted {answer!r:.200} on {len(ballots)} answers",
         hint='Return the index of the answer that wins, or {"index": 0, "consensus": 0.8}.',
     )
-
-
-def _leaves(spec: ModelSpec) -> Iterator[ModelSpec]:
-    """Yield the models below a composite that answer by themselves."""
-    for member in spec.members:
-        if member.members:
-            yield from _leaves(member)
-        else:
-            yield member
 
 
 def _ensembles_in(spec: ModelSpec) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
@@ -118,7 +118,7 @@ class Hedge:
         ]
         self.sizes = _Sizes() if "workload" in self.strategies else None
         self.step = (_MOST_HEDGES + 1) ** max(_hedges_in(member.spec) for member in members)
-        self.specs = {leaf.id: leaf for leaf in _leaves(spec)}
+        self.specs = {leaf.id: leaf for leaf in spec.leaves()}
         self._allowance = _Allowance(parameters.max_extra)
         self._quiet_until: dict[int, float] = {}
 
@@ -533,12 +533,6 @@ def _shape(request: Request) -> tuple[str, Any]:
 def _estimated(request: Request) -> int:
     """Return about how many tokens a prompt has."""
     return sum([len(message.content) for message in request.messages]) // 4
-
-
-def _leaves(spec: ModelSpec) -> Iterator[ModelSpec]:
-    """Yield the models that a composite comes down to."""
-    for member in spec.members:
-        yield from _leaves(member) if member.members else (member,)
 
 
 def _hedges_in(spec: ModelSpec) -> int:
