@@ -37,7 +37,7 @@ def test_1_our_rows_are_the_truth_and_one_call_puts_the_work_back(lab: Any) -> N
         "drop schema procrastinate cascade",
     ):
         before = lab.rows("select * from pgharness.notes order by 1, 2")
-        lab.db.execute(ruin.encode())
+        lab.insist(ruin)
         if ruin.startswith("drop"):
             with database.connect(lab.url) as connection:
                 schema.upgrade(connection)

@@ -104,7 +104,7 @@ def test_losing_the_whole_queue_loses_no_result(lab: Any, stub: Any) -> None:
     group = lab.workers(2, concurrency=4)
     run_id = lab.start()
     lab.wait(lambda: done(lab) > 40 and stub.in_flight == 8, "the run to be under way")
-    lab.db.execute("drop schema procrastinate cascade")
+    lab.insist("drop schema procrastinate cascade")
     answered = len(stub.requests)
     lab.wait(lambda: stub.in_flight == 0, "the calls in flight to end")
     lab.wait(lambda: lab.value("select count(*) from pgharness.notes") >= answered, "their notes")
