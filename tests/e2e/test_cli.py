@@ -447,20 +447,28 @@ def test_doctor_names_missing_keys_and_code(small: tuple[world.Database, Command
     db.execute(
         "insert into pgharness.models (name, provider, model, api_key_env, base_url) values"
         " ('big', 'openai', 'x', null, null), ('other', 'anthropic', 'x', 'TEAM_TWO_KEY', null),"
-        " ('local', 'openai_compatible', 'x', null, 'http://localhost:1/v1'), ('unused', 'gemini', 'x', null, null),"
+        " ('local', 'openai_compatible', 'x', null, 'http://localhost:1/v1'), ('unused', 'gemini', 'x', null, null), ('third', 'openai', 'x', 'TEAM_THREE_KEY', null),"
         " ('mine', 'python', 'a:b', null, null)"
     )
-    for generator in ("big", "other", "local", "mine"):
+    db.execute(
+        "insert into pgharness.models (name, provider, parameters) values"
+        """ ('panel', 'ensemble', '{"members": ["third", "local"]}'), ('spare', 'hedge', '{"members": ["panel"]}'),"""
+        """ ('torn', 'ensemble', '{"members": ["local", "local"], "vote": "unanimous", "min_consensus": 0.5}')"""
+    )
+    for generator in ("big", "other", "local", "mine", "spare", "torn"):
         db.execute(
             "insert into pgharness.model_combinations (instance, generator, grader) values ('trial', %s, 'contains')",
             (generator,),
         )
     found = _findings(
-        CommandLine(db.info.dsn, environment={"TEAM_TWO_KEY": "secret-of-team-two"}).call("doctor", "--json")
+        CommandLine(db.info.dsn, environment={"TEAM_TWO_KEY": "secret-of-team-two"}).call("doctor", "--json", status=1)
     )
     assert found["model big"][:2] == ("warning", "its key OPENAI_API_KEY is not set here")
     assert "export OPENAI_API_KEY" in found["model big"][2]
     assert found["model other"] == ("ok", "its key TEAM_TWO_KEY is set here", "")
+    assert found["model third"][:2] == ("warning", "its key TEAM_THREE_KEY is not set here"), "a member's member"
+    assert found["model torn"][0] == "error" and "unanimous" in found["model torn"][1]
+    assert not {"model panel", "model spare"} & found.keys()
     assert found["model mine"][:2] == ("warning", "runs code (python)") and "--allow-code" in found["model mine"][2]
     assert not {"model local", "model unused", "model quick", "model contains"} & found.keys()
     assert "secret-of-team-two" not in str(found)

@@ -22,7 +22,14 @@ from rich.text import Text
 from pgharness import __version__, database, plugins, schema
 from pgharness.cli.session import Session, print_json, session_of, shown, stdout
 from pgharness.embedded import find_bindir
-from pgharness.errors import DatabaseError, EmbeddedError, HarnessError, SchemaOutOfDate, SettingsError
+from pgharness.errors import (
+    DatabaseError,
+    EmbeddedError,
+    HarnessError,
+    RequestRejected,
+    SchemaOutOfDate,
+    SettingsError,
+)
 from pgharness.settings import LISTEN_OFF
 
 _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -368,17 +375,34 @@ def _plugin(subject: str, kind: plugins.Kind, name: str) -> list[Check]:
 def _models(session: Session, connection: Connection[Any]) -> list[Check]:
     """Check what workers started here would lack for the models of any instance."""
     # here, for they take half a second to import
+    from pydantic import BaseModel
+
+    from pgharness.gateway.ensemble_options import EnsembleParameters
+    from pgharness.gateway.hedging import HedgeParameters
+    from pgharness.gateway.parameters import read_parameters
     from pgharness.gateway.plugged import METRIC_PREFIX
     from pgharness.gateway.providers import wire_format
+    from pgharness.gateway.simulated_world import SimulatorParameters
     from pgharness.gateway.transport import key_names
     from pgharness.types import ModelSpec
 
-    used = {row[name] for row in database.rows(connection, "model_combinations") for name in ("generator", "grader")}
+    shapes: dict[str, type[BaseModel]] = {
+        "ensemble": EnsembleParameters,
+        "hedge": HedgeParameters,
+        "simulator": SimulatorParameters,
+    }
     checks = []
+    used = _used_models(connection)
     for row in database.rows(connection, "models", order="name"):
         spec = ModelSpec.model_validate(row)
         subject = f"model {spec.name}"
-        if spec.name not in used or spec.provider == "simulator":
+        if spec.id not in used:
+            continue
+        if spec.provider in shapes:
+            try:
+                read_parameters(spec, shapes[spec.provider])
+            except RequestRejected as exc:
+                checks.append(Check(subject, "error", str(exc), exc.hint or ""))
             continue
         if spec.provider == "metric":
             if spec.model.startswith(METRIC_PREFIX):
@@ -399,6 +423,17 @@ def _models(session: Session, connection: Connection[Any]) -> list[Check]:
                 remedy = f"export {variable}=... where workers run"
                 checks.append(Check(subject, "warning", f"its key {variable} is not set here", remedy))
     return checks
+
+
+def _used_models(connection: Connection[Any]) -> set[int]:
+    """Return the ids of the models of any instance, with the members of composites."""
+    used = {
+        row[f"{name}_id"] for row in database.rows(connection, "model_combinations") for name in ("generator", "grader")
+    }
+    members = [(row["model_id"], row["member_id"]) for row in database.rows(connection, "model_members")]
+    while found := {member for model, member in members if model in used} - used:
+        used |= found
+    return used
 
 
 def _workers(connection: Connection[Any]) -> Check:
