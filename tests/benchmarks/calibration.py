@@ -1,19 +1,18 @@
-"""How often evaluation statistics are wrong when the truth is known: false positives and coverage, naive tests beside.
-
-    python tests/benchmarks/calibration.py [data sets per process, default 2000]
+"""The figures of statistics: how often they are wrong when the truth is known, with naive tests beside.
 
 Two systems of equal true quality answer the same cases, several notes of each, in eight ways that evaluations happen to
 be. A false positive is p < .05; coverage is how often the 95% interval of the difference holds its true value, 0. With
-2000 data sets the error of a printed rate of .05 is .005. Seeded: the same table each time.
+2000 data sets the standard error of a rate of .05 is .005. Seeded: the same figures each time.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from bed import Bed
+from figures import Line
 from scipy import stats
 
 from pgharness.stats.evaluation import paired_difference
@@ -87,14 +86,29 @@ def calibrate(draw: Draw, *, data_sets: int, seed: int) -> dict[str, float]:
     return {name: count / data_sets for name, count in counts.items()}
 
 
-def main() -> None:
-    """Print the table."""
-    data_sets = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
-    print(f"{'process':28}" + "".join(f"{name:>19}" for name in COLUMNS))
+def calibration(bed: Bed) -> Iterator[Line]:
+    """Compare false positives and coverage with what alpha = .05 promises."""
+    data_sets = 200 if bed.is_quick else 2000
     for seed, (name, draw) in enumerate(PROCESSES.items(), start=1):
-        rates = calibrate(draw, data_sets=data_sets, seed=seed)
-        print(f"{name:28}" + "".join(f"{rate:19.3f}" for rate in rates.values()))
-
-
-if __name__ == "__main__":
-    main()
+        rates = {column: 100 * rate for column, rate in calibrate(draw, data_sets=data_sets, seed=seed).items()}
+        yield Line(
+            "calibration",
+            f"{name}: false positives of the automatic choice ({data_sets:,} data sets)",
+            "%",
+            [rates["automatic choice"]],
+            "alpha",
+            [5.0],
+            at_least=None if bed.is_quick else 0.8,
+            at_most=None if bed.is_quick else 1.2,
+            remark=f"t on notes: {rates['t on notes']:.1f}%, paired t on notes: {rates['paired t on notes']:.1f}%",
+        )
+        yield Line(
+            "calibration",
+            f"{name}: 95% intervals of the difference that hold it",
+            "%",
+            [rates["coverage"]],
+            "nominal",
+            [95.0],
+            at_least=None if bed.is_quick else 0.979,
+            at_most=None if bed.is_quick else 1.021,
+        )

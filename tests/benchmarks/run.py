@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import calibration
 import comparison
 import figures
 import hedging
@@ -48,6 +49,7 @@ NAMES = (
     "telling",
     "hedging",
     "storms",
+    "calibration",
 )
 INSPECT_PYTHON = "PGHARNESS_BENCH_INSPECT_PYTHON"
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
@@ -80,6 +82,7 @@ def lines(bed: Bed, wanted: set[str], inspect_python: Path | None) -> Iterator[L
         "telling": telling.telling,
         "hedging": hedging.hedging,
         "storms": storms.storms,
+        "calibration": calibration.calibration,
     }
     for name, figure in others.items():
         if name in wanted:
