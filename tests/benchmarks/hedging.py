@@ -24,6 +24,7 @@ from figures import Line
 from numpy.typing import NDArray
 
 from pgharness.gateway.calls import Member
+from pgharness.gateway.ensemble import Ensemble
 from pgharness.gateway.hedging import Hedge
 from pgharness.gateway.observations import Observations
 from pgharness.gateway.simulator import Simulator
@@ -138,7 +139,7 @@ def hedging(bed: Bed) -> Iterator[Line]:
     for price in (1.0, 5.0):
         yield _adaptive(seeds, price)
     yield from _workload(seeds, count)
-    yield uvloop.run(_overhead(bed.repeats))
+    yield from _overheads(bed.repeats)
 
 
 def _tails(seeds: Sequence[int], count: int) -> Iterator[Line]:
@@ -234,13 +235,44 @@ def _workload(seeds: Sequence[int], count: int) -> Iterator[Line]:
         )
 
 
-async def _overhead(repeats: int) -> Line:
-    """Time calls of a model that answers at once, hedged and alone, by the processor's time.
+def _overheads(repeats: int) -> Iterator[Line]:
+    """Time calls of models that answer at once, in a composite and by themselves, by the processor's time."""
+    specs = [_numbered(spec_of({"latency_seconds": 0}), number) for number in (1, 3, 4)]
+    models = [Simulator(spec) for spec in specs]
 
-    The best of many hundreds of calls counts, for what else runs on the machine slows the caches, too.
+    async def each(request: Request) -> Completion:
+        return [await model(request) for model in models][-1]
+
+    panel = ModelSpec(
+        id=2,
+        name="panel",
+        provider="ensemble",
+        parameters={"members": [spec.name for spec in specs]},
+        members=tuple(specs),
+    )
+    ensemble = Ensemble(panel, [Member(spec, model) for spec, model in zip(specs, models, strict=True)])
+    hedge = hedge_of(specs[0], {"strategy": "percentile", "percentile": 95.0})
+    for what, composite, alone, baseline in (
+        ("a model that answers at once: what a hedge around it adds", hedge, models[0], "the model alone"),
+        ("three models that answer at once: what an ensemble of them adds", ensemble, each, "one after the other"),
+    ):
+        ours, theirs = [], []
+        for _ in range(repeats):
+            both, own = uvloop.run(_best(composite, alone))
+            ours.append(both - own)
+            theirs.append(own)
+        yield Line("hedging", f"a call of {what}", "µs", ours, baseline, theirs, limit=100)
+
+
+def _numbered(spec: ModelSpec, number: int) -> ModelSpec:
+    return spec.model_copy(update={"id": number, "name": f"simulated {number}"})
+
+
+async def _best(*answers: Answer) -> list[float]:
+    """Return the microseconds that a call takes of each, the best of a hundred times a hundred calls in turn.
+
+    The best counts, for what else runs on the machine slows the caches, too.
     """
-    spec = spec_of({"latency_seconds": 0})
-    alone, hedged = hedge_of(spec, None), hedge_of(spec, {"strategy": "percentile", "percentile": 95.0})
     question = Request(messages=(Message("user", "What is it?"),), item={"case": {"target": "nothing"}}, seed=1)
 
     async def microseconds(answer: Answer, count: int = 100) -> float:
@@ -250,18 +282,5 @@ async def _overhead(repeats: int) -> Line:
             await answer(request)
         return (time.process_time() - begun) / count * 1e6
 
-    ours, theirs = [], []
-    for _ in range(repeats):
-        pairs = [(await microseconds(hedged), await microseconds(alone)) for _ in range(100)]
-        best = [min(side) for side in zip(*pairs, strict=True)]
-        ours.append(best[0] - best[1])
-        theirs.append(best[1])
-    return Line(
-        "hedging",
-        "a call of a model that answers at once: what a hedge around it adds",
-        "µs",
-        ours,
-        "the model alone",
-        theirs,
-        limit=100,
-    )
+    seen = [[await microseconds(answer) for answer in answers] for _ in range(100)]
+    return [min(of_one) for of_one in zip(*seen, strict=True)]
