@@ -72,15 +72,16 @@ $$;
 comment on function pgharness._plan_code(bigint) is 'Plan a run of code: one task, its function.';
 
 create or replace function pgharness._known_items(run_id bigint, parent bigint, map text, items jsonb) returns table (place bigint, key text, function text, argument jsonb)
-    -- planned anew each time: while the table is small all of its indexes seem alike
-    language sql stable security definer set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan
+    language sql stable security definer set search_path = pgharness, pg_temp set enable_seqscan = off
 as $$
-    -- "offset 0": one look at an index for each item, however many tasks the planner believes there are
+    -- "offset 0": one look at an index for each item, however many tasks the planner believes there are; and a row's order instead of its
+    -- equality: for that no index will do but the one that leads to a single task, whatever the planner believes of a run that is new
     select i.n, t.key, t.function, t.argument
       from jsonb_array_elements(_known_items.items) with ordinality as i (item, n)
      cross join lateral (
            select t.key, t.function, t.argument from tasks as t
-            where t.run_id = _known_items.run_id and t.parent_ordinal = _known_items.parent and t.map = _known_items.map and t.key = i.item ->> 0 offset 0) as t;
+            where (t.parent_ordinal, t.map, t.run_id, t.key) >= (_known_items.parent, _known_items.map, _known_items.run_id, i.item ->> 0)
+              and (t.parent_ordinal, t.map, t.run_id, t.key) <= (_known_items.parent, _known_items.map, _known_items.run_id, i.item ->> 0) offset 0) as t;
 $$;
 comment on function pgharness._known_items(bigint, bigint, text, jsonb) is 'Those of some items of a map that are tasks already: by their place among the items, and as they are known.';
 
