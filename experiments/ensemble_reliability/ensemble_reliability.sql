@@ -45,4 +45,4 @@ insert into pgharness.model_combinations (instance, name, generator, grader)
 select 'ensemble-reliability', 'single', (string_to_array(:'models', ','))[1], 'numeric_match'
 union all
 select 'ensemble-reliability', 'panel of ' || size, 'reliability/panel-' || size, 'numeric_match' from unnest('{3,5,7}'::integer[]) as size
-on conflict do nothing;
+on conflict (instance_id, name) do update set generator = excluded.generator;

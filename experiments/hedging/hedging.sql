@@ -1,12 +1,17 @@
 -- Hedging: does a second request, sent when the first is slow, cut the slowest answers, and what does that cost?
 --
--- 1,000 calls a repetition, baseline against hedged at the 95th percentile; start it three times for three repetitions. Can
--- be applied twice. The model is simulated: lognormal latency, and 2% of the calls 20 times slower. For a real model:
+-- 1,000 calls a repetition, baseline against hedged at the 95th percentile. Can be applied twice: with another seed for another
+-- repetition, as a simulated model draws everything from it. The model is simulated: lognormal latency, and 2% of the calls 20
+-- times slower. For a real model:
 --   psql -v model=gpt-a -f hedging.sql
 
 \if :{?model}
 \else
     \set model hedging/slow-tail
+\endif
+\if :{?seed}
+\else
+    \set seed 2
 \endif
 
 insert into pgharness.models (name, description, provider, parameters, input_usd_per_million, output_usd_per_million)
@@ -30,11 +35,11 @@ select format('hedging/%s', lpad(n::text, 4, '0')), 'hedging',
 on conflict do nothing;
 
 insert into pgharness.instances (name, experiment, description, seed)
-values ('hedging', 'note_grade', 'The same model plain and hedged, on the same 1,000 questions.', 2)
-on conflict do nothing;
+values ('hedging', 'note_grade', 'The same model plain and hedged, on the same 1,000 questions.', :'seed')
+on conflict (name) do update set seed = excluded.seed;
 
 select pgharness.add_cases('hedging', dataset => 'hedging') as cases_added;
 
 insert into pgharness.model_combinations (instance, name, generator, grader)
 values ('hedging', 'baseline', :'model', 'numeric_match'), ('hedging', 'hedged', 'hedging/hedged', 'numeric_match')
-on conflict do nothing;
+on conflict (instance_id, name) do update set generator = excluded.generator;

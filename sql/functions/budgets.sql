@@ -23,25 +23,36 @@ as $$
 $$;
 comment on function pgharness._set_budget_hint(text, text, numeric, bigint) is 'What to type to raise a budget, after which the runs that it stopped go on.';
 
+create or replace function pgharness._spent_reason(run pgharness.runs) returns text
+    language sql stable security definer set search_path = pgharness, pg_temp
+as $$
+    select format('%s is spent (%s USD); continue with: %s',
+                  case b.scope when 'run' then format('the budget of %s USD', trim_scale(b.budget_usd))
+                               else format('the budget of %s "%s", %s USD,', b.scope, b.subject, trim_scale(b.budget_usd)) end,
+                  round(b.spent_usd, 4),
+                  _set_budget_hint(b.scope, b.subject, greatest(b.budget_usd * 2, ceil(b.spent_usd * 150) / 100), (run).id))
+      from _run_budgets(run) as b where b.spent_usd >= b.budget_usd limit 1;
+$$;
+comment on function pgharness._spent_reason(pgharness.runs) is 'Which of a run''s budgets is spent, and how to go on; null while none is.';
+
 create or replace function pgharness._pause_if_spent(run pgharness.runs) returns boolean
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
-    v_spent record;
+    v_reason text := _spent_reason(run);
 begin
-    select * into v_spent from _run_budgets(run) as b where b.spent_usd >= b.budget_usd limit 1;
-    if not found then
+    if v_reason is null then
         return false;
+    elsif (run).status = 'running' then
+        perform _set_status((run).id, 'paused', v_reason);
+    elsif starts_with((run).reason, 'the budget of ') then
+        update runs as r set reason = v_reason where r.id = (run).id;      -- calls that were in flight have cost something, too
     end if;
-    perform _set_status((run).id, 'paused', format('%s is spent (%s USD); continue with: %s',
-        case v_spent.scope when 'run' then format('the budget of %s USD', trim_scale(v_spent.budget_usd))
-                           else format('the budget of %s "%s", %s USD,', v_spent.scope, v_spent.subject, trim_scale(v_spent.budget_usd)) end,
-        round(v_spent.spent_usd, 4), _set_budget_hint(v_spent.scope, v_spent.subject, v_spent.budget_usd * 2, (run).id)));
     return true;
 end;
 $$;
 comment on function pgharness._pause_if_spent(pgharness.runs) is
-'Pause a running run if one of its budgets is spent, saying which and how to go on. The caller holds the run''s row lock.';
+'Pause a running run if one of its budgets is spent, saying which and how to go on; of one that was paused so, say what is spent by now. The caller holds the run''s row lock.';
 
 create or replace function pgharness._refuse_spent(run pgharness.runs) returns void
     language plpgsql stable security definer set search_path = pgharness, pg_temp
@@ -125,19 +136,29 @@ comment on function pgharness._call_cap(pgharness.runs) is
 'How many calls of a run may be in flight: null if its workers need not ask. Those of a run with a budget do, for lease_run() says how many calls it can pay for.';
 
 create or replace function pgharness._call_cost(run pgharness.runs) returns numeric
-    language sql immutable security invoker          -- no pinned path: it names nothing, and is inlined
+    language sql stable security definer set search_path = pgharness, pg_temp
 as $$
-    select greatest((run).note_cost_usd / nullif((run).notes_succeeded + (run).notes_failed, 0),
-                    (run).grade_cost_usd / nullif((run).grades_succeeded + (run).grades_failed, 0));
+    -- what the cache answers costs nothing, and a cheap model must not hide a dear one; a composite costs what its members do
+    with latest as materialized (select c.* from calls as c order by c.id desc limit 2000), item as (
+        select c.kind, max(c.model_id) filter (where c.parent_started_at is null) as model_id,
+               sum(c.cost_usd) / nullif(count(*) filter (where c.parent_started_at is null and c.outcome <> 'cached'), 0) as usd
+          from latest as c where c.run_id = (run).id group by c.kind, c.ordinal, c.attempt having sum(c.cost_usd) > 0
+    )
+    select coalesce((select max(of_model.usd) from (select avg(i.usd) as usd from item as i group by i.kind, i.model_id) as of_model),
+                    greatest((run).note_cost_usd / nullif((run).notes_succeeded + (run).notes_failed, 0),
+                             (run).grade_cost_usd / nullif((run).grades_succeeded + (run).grades_failed, 0)));
 $$;
-comment on function pgharness._call_cost(pgharness.runs) is 'About what another call of a run costs, by those it has made; null while there are none.';
+comment on function pgharness._call_cost(pgharness.runs) is
+'About what another call of a run costs: the mean of its latest ones that cost anything, of the dearest of its models. Null while there are none.';
 
 create or replace function pgharness._payable_calls(run pgharness.runs, worker_id bigint, in_use integer) returns integer
     language sql stable security definer set search_path = pgharness, pg_temp
 as $$
     -- what is begun and not recorded is reserved, at the price of the calls before: as others last told, with what they were allowed then
+    with call as materialized (select _call_cost(run) as usd)
     select min(case when b.spent_usd >= b.budget_usd then 0 when room.calls >= 1 or room.reserved > 0 then least(greatest(ceil(room.calls / room.sharers), 0), 1000000) else 1 end)::integer
       from _run_budgets(run) as b
+     cross join call
      cross join lateral (
            select count(*) filter (where l.in_use + l.wanted > 0) + 1 as sharers, coalesce(sum(greatest(l.granted, l.in_use)), 0) as others
              from run_leases as l
@@ -148,9 +169,9 @@ as $$
               and case b.scope when 'run' then r.id = (run).id when 'instance' then r.instance_id = (run).instance_id
                        else i.project_id = (select x.project_id from instances as x where x.id = (run).instance_id) end) as lease
      cross join lateral (
-           select floor((b.budget_usd - b.spent_usd) / _call_cost(run)) - lease.others - _payable_calls.in_use as calls, lease.sharers,
+           select floor((b.budget_usd - b.spent_usd) / call.usd) - lease.others - _payable_calls.in_use as calls, lease.sharers,
                   lease.others + _payable_calls.in_use as reserved) as room
-     where b.spent_usd >= b.budget_usd or _call_cost(run) > 0;
+     where b.spent_usd >= b.budget_usd or call.usd > 0;
 $$;
 comment on function pgharness._payable_calls(pgharness.runs, bigint, integer) is
 'How many more calls of a run a worker may begin so that its budgets will not be exceeded, which has so many begun and not recorded; the last one may cost more than is left. Null without budgets, or while nothing is known of the costs.';
@@ -171,8 +192,9 @@ begin
             using errcode = 'PH006', hint = 'Give it more: ' || _set_budget_hint(scope, subject, round(v_known.spent_usd * 2, 2) + 1, null);
     end if;
     for v_run in
-        select r.* from runs as r
-         where r.status = 'paused' and starts_with(r.reason, format('the budget of %s "%s", ', scope, subject)) order by r.id for no key update
+        select r.* from runs as r join instances as i on i.id = r.instance_id left join projects as p on p.id = i.project_id
+         where r.status = 'paused' and starts_with(r.reason, format('the budget of %s "', scope))
+           and subject = case scope when 'instance' then i.name else p.name end order by r.id for no key update of r
     loop
         -- it may have a budget of its own that is spent as well, and stays paused then
         if not exists (select from _run_budgets(v_run) as b where b.spent_usd >= b.budget_usd) then

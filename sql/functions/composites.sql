@@ -127,6 +127,7 @@ declare
     v_path   text;
     v_depth  integer;
     v_most   constant integer := 4;
+    v_above  integer;      -- how deep it lies below others
 begin
     if not exists (select from _member_names((composite).parameters)) then
         raise exception 'model "%": an % needs members', (composite).name, (composite).provider
@@ -143,25 +144,31 @@ begin
                         case when v_member = (composite).name then 'is itself' when exists (select from models as x where x.name = v_member) then 'is a metric' else 'does not exist' end
             using errcode = 'PH002', hint = 'Insert the members first; list models that can be one: select name from pgharness.models where provider <> ''metric'';';
     end if;
+    with recursive above as (
+        select mm.model_id, 1 as height from model_members as mm where mm.member_id = (composite).id
+        union all
+        select mm.model_id, a.height + 1 from above as a join model_members as mm on mm.member_id = a.model_id where a.height < v_most
+    )
+    select coalesce(max(a.height), 0) into v_above from above as a;
     with recursive below as (
         select found.id, (composite).name || ' -> ' || found.name as path, 2 as depth, found.id = (composite).id as is_cycle
           from _member_names((composite).parameters) as m join models as found on found.name = m.name
         union all
         select mm.member_id, b.path || ' -> ' || found.name, b.depth + 1, mm.member_id = (composite).id
           from below as b join model_members as mm on mm.model_id = b.id join models as found on found.id = mm.member_id
-         where not b.is_cycle and b.depth <= v_most
+         where not b.is_cycle and b.depth + v_above <= v_most
     )
     select b.path, case when b.is_cycle then 0 else b.depth end into v_path, v_depth
-      from below as b where b.is_cycle or b.depth > v_most order by b.is_cycle desc limit 1;
+      from below as b where b.is_cycle or b.depth + v_above > v_most order by b.is_cycle desc limit 1;
     if v_path is not null then
-        raise exception 'model "%" %: %', (composite).name, case v_depth when 0 then 'would ask itself' else format('would be more than %s models deep', v_most) end, v_path
+        raise exception 'model "%" %: %', (composite).name, case v_depth when 0 then 'would ask itself' else format('would be more than %s models deep, with those that ask it', v_most) end, v_path
             using errcode = 'PH002', hint = 'Leave that member out.';
     end if;
     perform _check_composite_parameters(format('model "%s"', (composite).name), (composite).provider, (composite).parameters);
 end;
 $$;
 comment on function pgharness._check_composite(pgharness.models) is
-'Refuse a composite without members, with unknown ones, metrics or itself among them, or more than 4 deep (PH002).';
+'Refuse a composite without members, with unknown ones, metrics or itself among them, or more than 4 deep with the composites above it (PH002).';
 
 create or replace function pgharness._link_members() returns trigger
     language plpgsql volatile security definer set search_path = pgharness, pg_temp

@@ -446,6 +446,11 @@ begin
             raise exception 'model "%" is the generator of a combination, and a metric writes no notes', new.name
                 using errcode = 'PH003', hint = 'Insert the metric under another name.';
         end if;
+        if exists (select from model_members as mm where mm.member_id = new.id) then
+            raise exception 'model "%" is a member of %, and a metric answers nothing', new.name,
+                            (select string_agg(format('"%s"', m.name), ', ' order by m.name) from model_members as mm join models as m on m.id = mm.model_id where mm.member_id = new.id)
+                using errcode = 'PH003', hint = 'Insert the metric under another name.';
+        end if;
     elsif new.provider = 'python' and new.model !~ '^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$' then
         raise exception 'model "%": "%" does not name a callable', new.name, new.model
             using errcode = 'PH002', hint = 'Write package.module:function, for example my_models.baseline:write_note.';

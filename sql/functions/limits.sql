@@ -216,7 +216,7 @@ begin
         v_granted := _share(v_run.max_concurrency, v_others, v_sharers, lease_run.in_use, lease_run.wanted);
     end if;
     if _is_budgeted(v_run) then
-        select w.concurrency into v_places from workers as w where w.id = lease_run.worker_id and w.concurrency > 0;
+        v_places := coalesce((select w.concurrency from workers as w where w.id = lease_run.worker_id and w.concurrency > 0), 10);  -- code has no places of its own
         -- no more than it can use until it asks again; while nothing is known of the costs, one call in each place
         -- and nothing for who neither has nor wants a call: it asks no more, and what it held would be kept from the others
         v_may_begin := case when lease_run.in_use + lease_run.wanted = 0 then 0

@@ -184,13 +184,25 @@ as $$
 $$;
 comment on function pgharness._frozen_model(pgharness.models, jsonb, boolean) is 'A model as a run keeps it: with the prices of now, with the combination''s parameters laid over its own, and the members of a composite with it.';
 
+create or replace function pgharness._repriced_model(frozen jsonb) returns jsonb
+    language sql stable security invoker set search_path = pgharness, pg_temp
+as $$
+    select frozen || coalesce((
+               select (select jsonb_object_agg(price.key, price.value) from jsonb_each(to_jsonb(_priced(m))) as price where price.key like '%usd_per_million' or price.key = 'batch_price_factor')
+                 from models as m where m.id = (frozen ->> 'id')::bigint), '{}')
+           || case when frozen ? 'members' then jsonb_build_object('members', (
+                  select jsonb_agg(_repriced_model(member.value) order by member.number) from jsonb_array_elements(frozen -> 'members') with ordinality as member (value, number)))
+                   else '{}' end;
+$$;
+comment on function pgharness._repriced_model(jsonb) is 'A model as a run kept it, with the prices of now, and its members likewise; one that is gone keeps its prices.';
+
 create or replace function pgharness._copy_definition(from_run_id bigint, to_run_id bigint) returns void
     language sql volatile security definer set search_path = pgharness, pg_temp
 as $$
     insert into run_cases (run_id, number, case_id, digest)
     select to_run_id, c.number, c.case_id, c.digest from run_cases as c where c.run_id = from_run_id;
     insert into run_combinations (run_id, number, name, combination_id, generator_id, generator, grader_id, grader, rubric_count, grade_replications)
-    select to_run_id, c.number, c.name, c.combination_id, c.generator_id, c.generator, c.grader_id, c.grader, c.rubric_count, c.grade_replications
+    select to_run_id, c.number, c.name, c.combination_id, c.generator_id, _repriced_model(c.generator), c.grader_id, _repriced_model(c.grader), c.rubric_count, c.grade_replications
       from run_combinations as c where c.run_id = from_run_id;
     insert into run_definitions (run_id, definition, case_count, combination_count, transcript_overlaps, grade_stride)
     select to_run_id, d.definition, d.case_count, d.combination_count, d.transcript_overlaps, d.grade_stride
@@ -198,7 +210,7 @@ as $$
     insert into run_rubrics (run_id, case_number, number, rubric_id)
     select to_run_id, rr.case_number, rr.number, rr.rubric_id from run_rubrics as rr where rr.run_id = from_run_id;
 $$;
-comment on function pgharness._copy_definition(bigint, bigint) is 'Give a rerun the frozen definition of the run it repeats.';
+comment on function pgharness._copy_definition(bigint, bigint) is 'Give a rerun the frozen definition of the run it repeats, with the prices of now.';
 
 -- a run that is inserted finished is history (import_run): nothing to plan, freeze or queue
 create or replace trigger _100_plan before insert on pgharness.runs
@@ -290,9 +302,7 @@ begin
     end if;
     v_failed := v_run.notes_failed + v_run.grades_failed + v_run.grades_skipped;
     if v_run.task_count > 0 then                        -- code ends when its function does
-        if v_run.status = 'running' then
-            perform _pause_if_spent(v_run);
-        end if;
+        perform _pause_if_spent(v_run);
     elsif v_failed > v_run.failure_threshold * (v_run.note_count + v_run.grade_count) then
         perform _set_status(v_run.id, 'failed', format('%s notes and %s grades failed (%s grades of failed notes are skipped), more than %s%% of %s',
                                                        v_run.notes_failed, v_run.grades_failed, v_run.grades_skipped, round((v_run.failure_threshold * 100)::numeric, 2),
@@ -300,7 +310,7 @@ begin
     elsif v_run.notes_succeeded + v_run.notes_failed = v_run.note_count
       and v_run.grades_succeeded + v_run.grades_failed + v_run.grades_skipped = v_run.grade_count then
         perform _set_status(v_run.id, 'completed', null);
-    elsif v_run.status = 'running' and _cost_usd(v_run) >= v_run.budget_usd then
+    elsif _cost_usd(v_run) >= v_run.budget_usd or v_run.status = 'paused' then
         perform _pause_if_spent(v_run);
     end if;
 end;

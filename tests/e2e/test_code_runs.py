@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -392,6 +393,13 @@ async def asking_async(ctx: AsyncContext):
     found = await asyncio.gather(*(ctx.complete_chat("priced", f"Say {number}.") for number in range(5)))
     return len({each.text for each in found})
 
+def ask_again(ctx: Context, number: int) -> str:
+    return ctx.complete_chat("dear", f"Say {number} once more.").text
+
+@experiment
+def asking_for_money(ctx: Context):
+    return len(ctx.map(ask_again, range(60)))
+
 @experiment
 def asking_nobody(ctx: Context):
     ctx.complete_chat("nobody", "Hi.")
@@ -745,6 +753,25 @@ def test_questions_to_models_are_recorded_and_costed(lab: CodeLab, experiment: s
     if experiment == "asking":
         assert lab.root(run_id)["result"] is True, "one seed, one answer"
         assert "verdict" in lab.results(run_id)["verdict"]
+
+
+def test_code_keeps_to_a_budget_and_goes_on_with_a_larger_one(lab: CodeLab) -> None:
+    lab.db.execute(
+        "insert into pgharness.models (name, provider, input_usd_per_million, output_usd_per_million, parameters)"
+        """ values ('dear', 'simulator', 1000, 1000, '{"latency_seconds": 0.05}')"""
+    )
+    lab.db.execute("insert into pgharness.instances (name, experiment) values ('for money', 'asking_for_money')")
+    run_id = lab.value("select run_id from pgharness.start_run('for money', budget_usd => 0.2)")
+    lab.wait(lambda: lab.progress(run_id)["status"] == "paused", "the end of its money")
+    [(spent, reason, dearest)] = lab.rows(
+        "select r.task_cost_usd, r.reason, (select max(c.cost_usd) from pgharness.calls as c where c.run_id = r.id)"
+        " from pgharness.runs as r where r.id = %s",
+        run_id,
+    )
+    assert Decimal("0.2") <= spent <= Decimal("0.2") + 12 * dearest, "the first calls, of unknown cost, and no more"
+    lab.db.execute(reason.partition("continue with: ")[2].replace("0.4", "100").encode())
+    lab.wait(lambda: lab.progress(run_id)["status"] == "completed", "the rest")
+    assert lab.root(run_id)["result"] == 60
 
 
 def test_a_model_that_is_not_there_is_named(lab: CodeLab) -> None:

@@ -78,6 +78,27 @@ def test_a_spent_budget_pauses_its_runs_and_one_command_continues_them(tx: Datab
     assert value(tx, f"select budget_usd from pgharness.budgets where scope = '{scope}'") == 4
 
 
+def test_the_command_that_goes_on_knows_what_calls_in_flight_have_cost(tx: Database) -> None:
+    in_project(tx, "one")
+    worker, run = register(tx), start(tx, "one", budget_usd=Decimal("0.1"))
+    assert spend(tx, worker, run, 0, 0.11) == "paused"
+    assert run_of(tx, run)["reason"].endswith(f"select pgharness.resume_run({run}, budget_usd => 0.2);")
+    assert spend(tx, worker, run, 1, 0.5) == "paused"
+    command = run_of(tx, run)["reason"].partition("continue with: ")[2]
+    assert command == f"select pgharness.resume_run({run}, budget_usd => 0.92);"
+    tx.execute(command.encode())
+    assert run_of(tx, run)["status"] == "running"
+
+
+def test_a_budget_is_raised_under_the_name_that_its_project_has_now(tx: Database) -> None:
+    in_project(tx, "one", budget=1)
+    worker, run = register(tx), start(tx, "one")
+    assert spend(tx, worker, run, 0, 2) == "paused"
+    tx.execute("update pgharness.projects set name = 'hospital'")
+    resumed = rows(tx, "select * from pgharness.set_project_budget('hospital', 50)")
+    assert [(row["run_id"], row["status"]) for row in resumed] == [(run, "running")]
+
+
 def test_a_run_paused_by_hand_or_at_its_own_budget_is_not_resumed_by_a_larger_project(tx: Database) -> None:
     in_project(tx, "one", budget=1)
     worker, run, held = register(tx), start(tx, "one", budget_usd=Decimal("1.5")), start(tx, "one")
@@ -118,6 +139,34 @@ def test_no_more_calls_begin_than_what_is_left_can_pay_for(tx: Database) -> None
     assert spend(tx, second, run, 20, 0.5) == "paused"
     assert lease(tx, second, run, 0) == 0
     assert value(tx, "select left_usd from pgharness.budgets where scope = 'run'") == Decimal("-0.25")
+
+
+def test_what_the_cache_answers_makes_calls_no_cheaper(tx: Database) -> None:
+    in_project(tx, "one")
+    tx.execute("update pgharness.instances set note_replications = 100")
+    worker = register(tx)
+    run = start(tx, "one", budget_usd=Decimal(10))
+    cached = [note(run, ordinal, calls=[call(0, outcome="cached")]) for ordinal in range(1, 50)]
+    record(tx, worker, note(run, 0, calls=[call(1.0)]), *cached)
+    assert lease(tx, worker, run, 0) == 9
+
+
+def test_code_has_to_pay_too(tx: Database) -> None:
+    """Its calls are of tasks, of which one makes many; what asks for it has no places of its own."""
+    in_project(tx, "one")
+    worker, asker = register(tx), register(tx, pid=2)
+    tx.execute("update pgharness.workers set concurrency = 0 where id = %s", (asker,))
+    run = start(tx, "one", budget_usd=Decimal(10))
+    assert lease(tx, asker, run, 0, 1) == 10, "nothing is known of the costs yet"
+    asked = [call(0.5, started_at=f"2026-01-01T00:00:0{number}Z") for number in range(4)]
+    columns = "run_id, kind, ordinal, attempt, model_id, outcome, cost_usd, latency_ms, started_at, worker_id"
+    for each in asked:
+        tx.execute(
+            f"insert into pgharness.calls ({columns}) values (%s, 'task', 0, 1, %s, 'succeeded', 0.5, 1, %s, %s)".encode(),
+            (run, value(tx, "select id from pgharness.models where name = 'simulator'"), each["started_at"], worker),
+        )
+    tx.execute("update pgharness.runs set task_cost_usd = 2 where id = %s", (run,))
+    assert lease(tx, asker, run, 0, 1) == 16
 
 
 def test_a_worker_without_calls_keeps_none_from_the_others(tx: Database) -> None:
@@ -175,7 +224,7 @@ def test_a_run_takes_the_prices_of_its_start_and_keeps_them(tx: Database) -> Non
     }
     again = value(tx, "select run_id from pgharness.rerun('trial/1')")
     frozen = value(tx, "select generator from pgharness.run_combinations where run_id = %s", again)
-    assert frozen["input_usd_per_million"] == 1, "a rerun is costed as the run that it repeats"
+    assert frozen["input_usd_per_million"] == 20, "a rerun is paid for now"
 
 
 def test_prices_name_a_model_and_end_after_they_begin(tx: Database) -> None:
@@ -187,6 +236,31 @@ def test_prices_name_a_model_and_end_after_they_begin(tx: Database) -> None:
     tx.execute(insert, ("simulator", None))
     with refused(tx, "23505", "model_prices_model_id_valid_from_key"):
         tx.execute(insert, ("simulator", None))
+
+
+def test_a_rerun_pays_the_prices_of_its_own_start(tx: Database) -> None:
+    tx.execute("update pgharness.models set input_usd_per_million = 1 where name = 'simulator'")
+    members = json.dumps({"members": ["simulator"]})
+    tx.execute("insert into pgharness.models (name, provider, parameters) values ('panel', 'ensemble', %s)", (members,))
+    add_instance(tx, cases=1, combinations=[("simulator", None), ("panel", None)])
+    first = start(tx)
+    tx.execute(
+        "insert into pgharness.model_prices (model, valid_from, input_usd_per_million)"
+        " values ('simulator', pgharness.clock() - interval '1 minute', 100)"
+    )
+    tx.execute("update pgharness.models set parameters = parameters || '{\"quality\": 0.1}' where name = 'simulator'")
+    second = value(tx, "select run_id from pgharness.rerun(%s)", first)
+    frozen = (
+        "select array_agg(coalesce(generator -> 'members' -> 0, generator) ->> %s order by number)"
+        " from pgharness.run_combinations where run_id = %s"
+    )
+    for run, price in ((first, "1"), (second, "100")):
+        assert [float(each) for each in value(tx, frozen, "input_usd_per_million", run)] == [float(price)] * 2
+    assert value(
+        tx, "select generator -> 'parameters' from pgharness.run_combinations where run_id = %s limit 1", second
+    ) == value(
+        tx, "select generator -> 'parameters' from pgharness.run_combinations where run_id = %s limit 1", first
+    ), "all else is as it was"
 
 
 def test_history_is_repriced_by_a_view_alone(tx: Database) -> None:

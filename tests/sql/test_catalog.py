@@ -59,7 +59,7 @@ SECURITY_DEFINERS = {
         " _gather _leave_batches _return_items _close_batch _held_batch _is_held_elsewhere _is_ready _told_batch _load_items"
     ),
     "who starts a run need not see what others spent, nor write it": (
-        "_run_budgets _refuse_spent _spend _pause_spent_runs _payable_calls"
+        "_run_budgets _spent_reason _call_cost _refuse_spent _spend _pause_spent_runs _payable_calls"
     ),
     "workers tell how they are, and share limits": (
         "_rate_share _keep_limits register_worker attach_queue_worker heartbeat lose_worker sweep lease_model lease_run take_requests block_model serve_experiments"
@@ -78,7 +78,6 @@ INLINED = {
     "_target_criteria",
     "_line_checksum",
     "_cost_usd",
-    "_call_cost",
     "_token_cost",
 }
 TYPES = {

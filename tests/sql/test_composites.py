@@ -130,6 +130,17 @@ def test_a_composite_cannot_ask_itself_nor_be_endlessly_deep(members: Database) 
         add_model(members, "four", "ensemble", members=["three"])
 
 
+def test_what_changes_a_member_keeps_to_what_holds_for_those_that_ask_it(members: Database) -> None:
+    for name, below in (("one", "a"), ("two", "one"), ("three", "two"), ("pair", "c")):
+        add_model(members, name, "ensemble", members=[below])
+    with refused(members, "PH002", "more than 4 models deep", "one -> pair -> c"):
+        members.execute("""update pgharness.models set parameters = '{"members": ["pair"]}' where name = 'one'""")
+    with refused(members, "PH003", 'is a member of "one"'):
+        members.execute(
+            "update pgharness.models set provider = 'metric', model = 'exact_match', parameters = '{}' where name = 'a'"
+        )
+
+
 def test_a_run_freezes_a_composite_with_its_members(members: Database) -> None:
     add_model(members, "panel", "ensemble", members=["b", "a"])
     add_model(members, "outer", "hedge", members=["panel", "c"])
