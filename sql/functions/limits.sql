@@ -126,12 +126,13 @@ $$;
 comment on function pgharness._keep_limits(pgharness.model_limits) is 'Store what a report has changed of what is known of a model; the buckets are left as they are.';
 
 drop function if exists pgharness.lease_model(bigint, bigint, integer, integer);
+drop function if exists pgharness.lease_model(bigint, bigint, integer, integer, double precision, integer, integer, double precision, boolean, double precision, integer, integer, text);
 create or replace function pgharness.lease_model(
     worker_id bigint, model_id bigint, in_use integer, wanted integer, accepted double precision default 0, peak integer default 0,
     refused integer default 0, refused_ago double precision default 0, is_short boolean default false, wait double precision default 0,
     failed integer default 0, answered integer default 0, error text default null
 )
-    returns table (granted integer, target integer, max_concurrency integer, is_rate_limited boolean, blocked_seconds double precision, rate double precision, proven_concurrency integer)
+    returns table (granted integer, target integer, max_concurrency integer, is_rate_limited boolean, blocked_seconds double precision, rate double precision, proven_concurrency integer, is_out boolean)
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
@@ -186,11 +187,11 @@ begin
                         greatest(extract(epoch from v_limits.blocked_until - clock()),
                                  case when v_limits.opened_at is not null and not v_is_probe then extract(epoch from v_limits.next_probe_at - clock()) end, 0)::double precision,
                         _rate_share(v_limits.learned_rate, lease_model.model_id, lease_model.worker_id),
-                        v_limits.proven_concurrency;
+                        v_limits.proven_concurrency, v_limits.opened_at is not null;
 end;
 $$;
 comment on function pgharness.lease_model(bigint, bigint, integer, integer, double precision, integer, integer, double precision, boolean, double precision, integer, integer, text) is
-'For workers: how many calls to a model this worker may have in flight, given how many it has and how many more it wants; the sum over live workers never exceeds max_concurrency, nor what was learned, but for calls that were in flight before: those are not replaced beyond its target. Also that limit, whether the model has per-minute limits, the seconds for which nothing may be sent (its provider asks to wait, or it is out of service), how many calls a second this worker may begin (null: no limit is known), and how many were once in flight together. It reports what the worker has seen since its last question: calls accepted a second, the most in flight (or those in flight when one was refused), how many were refused, how long ago the last of those began, whether the rate kept calls waiting, for how many seconds to send nothing, failures since the last answer, answers, and the last failure. Example: select * from pgharness.lease_model(1, 2, 0, 10);';
+'For workers: how many calls to a model this worker may have in flight, given how many it has and how many more it wants; the sum over live workers never exceeds max_concurrency, nor what was learned, but for calls that were in flight before: those are not replaced beyond its target. Also that limit, whether the model has per-minute limits, the seconds for which nothing may be sent (its provider asks to wait, or it is out of service), how many calls a second this worker may begin (null: no limit is known), how many were once in flight together, and whether it is out of service. It reports what the worker has seen since its last question: calls accepted a second, the most in flight (or those in flight when one was refused), how many were refused, how long ago the last of those began, whether the rate kept calls waiting, for how many seconds to send nothing, failures since the last answer, answers, and the last failure. Example: select * from pgharness.lease_model(1, 2, 0, 10);';
 
 drop function if exists pgharness.lease_run(bigint, bigint, integer, integer);
 create or replace function pgharness.lease_run(worker_id bigint, run_id bigint, in_use integer, wanted integer)

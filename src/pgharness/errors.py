@@ -151,6 +151,10 @@ class Unavailable(ModelError):
     spends_attempt = False
 
 
+class OutOfService(Unavailable):
+    """Nothing was asked, because the provider failed again and again; a probe will tell when it is back."""
+
+
 class ServerFailed(ModelError):
     """The provider answered with a server error."""
 

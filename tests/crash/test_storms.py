@@ -119,3 +119,22 @@ def test_an_outage_gets_probes_alone_and_costs_no_note(lab: Any, stub: Any) -> N
     lab.assert_complete(run_id)
     assert lab.value(state) == "closed"
     assert lab.value("select last_error from pgharness.circuit_breakers") is not None
+
+
+@pytest.mark.parametrize(
+    ("provider", "parameters"),
+    [("ensemble", '{"members": ["dead", "a", "b"], "min_responses": 2}'), ("hedge", '{"members": ["dead", "b"]}')],
+    ids=["ensemble", "hedge"],
+)
+def test_composites_do_without_a_member_that_is_out_of_service(lab: Any, provider: str, parameters: str) -> None:
+    lab.model("dead", "openai_compatible", model="m", base_url="http://127.0.0.1:1/v1")
+    for name in "ab":
+        lab.simulator(name, latency_seconds=0.02)
+    lab.model("composite", provider, parameters=parameters)
+    lab.instance("outage", cases=300, generator="composite", max_attempts=1)
+    lab.workers(1, concurrency=20)
+    run_id = lab.start("outage")
+    lab.wait_for_end(run_id, seconds=60)
+    lab.assert_complete(run_id)
+    asked = "select count(*) from pgharness.calls as c join pgharness.models as m on m.id = c.model_id where m.name = 'dead'"
+    assert 10 <= lab.value(asked) <= 40, "until it counts as out of service, and probes"

@@ -96,8 +96,9 @@ class Member:
     """A model that a composite asks: within the model's own limits, each call recorded in the request's trail.
 
     A row of a trail says which request it was by `number`, so that a composite can complete the row of a call that it
-    cancelled; the database does not keep that. `answers` are those that the response cache has for its run: one that is
-    there waits for no limit.
+    cancelled; the database does not keep that. A model that is out of service fails at once, for the composite has
+    others; nothing is recorded of what was not asked. `answers` are those that the response cache has for its run: one
+    that is there waits for no limit.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Member:
         gate = self._gate
         if gate is None:
             return await self._call(request, key)
-        charged = await gate.entered(estimated_tokens(request, self.spec))
+        charged = await gate.entered(estimated_tokens(request, self.spec), has_others=True)
         began = time.monotonic()
         try:
             completion = await self._call(request, key)

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pgharness.database import Row
-from pgharness.errors import ModelError, RateLimited, RequestRejected, TimedOut
+from pgharness.errors import ModelError, OutOfService, RateLimited, RequestRejected, TimedOut
 from pgharness.gateway.calls import Member, below
 from pgharness.gateway.delays import Delay, DelayOptions, Observation, PercentileOptions, Size, delay_of
 from pgharness.gateway.observations import Observations
@@ -135,14 +135,17 @@ class Hedge:
             await race.stop()
         return race.result()
 
-    def holds_back(self, place: int) -> str | None:
-        """Return why a further request may not be made now; None when it may, and then it counts as made."""
+    def holds_back(self, place: int, *, is_instead: bool = False) -> str | None:
+        """Return why a further request may not be made now; None when it may, and then it counts as made.
+
+        One that is made instead of the one before, which asked nobody, is no extra one.
+        """
         member = self.members[place]
         if member.is_blocked or asyncio.get_running_loop().time() < self._quiet_until.get(member.spec.id, 0.0):
             return "rate_limited"
         if member.would_wait:
             return "limits"
-        return None if self._allowance.take() else "max_extra"
+        return None if is_instead or self._allowance.take() else "max_extra"
 
     def hear_limit(self, member: Member, error: RateLimited) -> None:
         """Make no further requests to a model for a while, because its provider limits the rate."""
@@ -268,7 +271,8 @@ class _Race:
     def _ask_again(self) -> bool:
         """Make the next request, unless something holds it back."""
         place = len(self._asked)
-        self._held_back = self._hedge.holds_back(place)
+        is_instead = isinstance(self._asked[-1].error, OutOfService)
+        self._held_back = self._hedge.holds_back(place, is_instead=is_instead)
         if self._held_back is not None:
             return False
         request = replace(self._request, number=self._request.number + place * self._hedge.step)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pgharness.database import TRANSIENT, Database
-from pgharness.errors import HarnessError, ModelError
+from pgharness.errors import HarnessError, ModelError, OutOfService
 from pgharness.gateway.pacing import Pacer, Report
 from pgharness.types import ModelSpec
 
@@ -136,6 +136,7 @@ class Gate:
         self._is_budgeted = False
         self._own_block = 0.0  # as our own calls were told
         self._shared_block = 0.0  # as the database says
+        self._is_out = False  # of service
         self.waiting = 0
         self.tokens = 0
 
@@ -180,12 +181,17 @@ class Gate:
         """Begin no call for so many seconds."""
         self._own_block = max(self._own_block, time.monotonic() + seconds)
 
-    async def entered(self, tokens: int) -> float:
-        """Begin a call once it is admitted; return the tokens that it is charged."""
+    async def entered(self, tokens: int, *, has_others: bool = False) -> float:
+        """Begin a call once it is admitted; return the tokens that it is charged.
+
+        Raises OutOfService for one that `has_others` to ask, while the model is out of service and gets probes alone.
+        """
         self.waiting += 1
         self.tokens = tokens
         try:
             while not self.admits():
+                if has_others and self._is_out and self.is_blocked:
+                    raise OutOfService("out of service: it failed again and again")
                 await self._limits.wait_for_change()
         finally:
             self.waiting -= 1
@@ -296,6 +302,7 @@ class Gate:
         lease = await self._lease()
         self._granted = lease["target"] if lease["max_concurrency"] is not None else None
         self._shared_block = 0.0
+        self._is_out = lease.get("is_out", False)
         if lease["blocked_seconds"]:
             self._shared_block = time.monotonic() + lease["blocked_seconds"]
             self._granted = 0  # afterwards, the next answer says how many may begin
