@@ -98,7 +98,59 @@ as $$
     end;
 $$;
 comment on function pgharness._composite_schema(text) is
-'The JSON Schema of the parameters of an ensemble or a hedge: what a worker reads them by, without the rules between several of them, which it checks when it begins.';
+'The JSON Schema of the parameters of an ensemble or a hedge: what a worker reads them by, without the rules between several of them, which _composite_problem() has.';
+
+create or replace function pgharness._composite_problem(provider text, parameters jsonb) returns text
+    language plpgsql immutable security invoker set search_path = pgharness, pg_temp
+as $$
+declare
+    v_strategy  text := coalesce(parameters ->> 'strategy', 'parallel');
+    v_vote      text := coalesce(parameters ->> 'vote', case v_strategy when 'cascade' then 'best_confidence' else 'majority' end);
+    v_normalise text := coalesce(parameters ->> 'normalise', 'text');
+    v_is_sure   boolean := coalesce(parameters ->> 'confidence', 'none') <> 'none';
+    v_members   integer := jsonb_array_length(parameters -> 'members');
+    v_voters    integer := v_members - (coalesce(parameters ->> 'below', '') = 'escalate')::integer;
+    v_asked     integer := least(v_voters, (parameters ->> 'max_members')::integer);
+    v_hedges    integer := coalesce((parameters ->> 'max_hedges')::integer, greatest(v_members - 1, 1));
+    v_option    record;
+begin
+    if provider = 'hedge' then
+        return case when jsonb_typeof(parameters -> 'delay') = 'array' and jsonb_array_length(parameters -> 'delay') <> v_hedges
+                    then format('delay: %s delays for %s further requests', jsonb_array_length(parameters -> 'delay'), v_hedges)
+                    when jsonb_path_exists(parameters, '$.delay ? (@.min_seconds > @.max_seconds || !exists (@.max_seconds) && @.min_seconds > 5)')
+                    then 'delay: min_seconds is above max_seconds' end;
+    end if;
+    for v_option in select * from (values ('vote', v_vote, '{majority,weighted,best_confidence,unanimous,mean,median}'::text[]),
+                                          ('normalise', v_normalise, '{text,number,boolean,json,none}')) as o (name, value, known)
+    loop
+        if v_option.value <> all (v_option.known) and v_option.value !~ '^[[:alpha:]_]\w*(\.[[:alpha:]_]\w*)*:[[:alpha:]_]\w*(\.[[:alpha:]_]\w*)*$' then
+            return format('%s is %L; use %s or package.module:function', v_option.name, v_option.value, array_to_string(v_option.known, ', '));
+        end if;
+    end loop;
+    for v_option in select * from (values ('enough_consensus', 'sequential'), ('hedge_delay_seconds', 'hedged'), ('confident_at', 'cascade'),
+                                          ('stops_early', 'parallel')) as o (name, strategy)
+    loop
+        if parameters ? v_option.name and v_option.strategy <> v_strategy then
+            return format('%s is for strategy %s, and this one is %s', v_option.name, v_option.strategy, v_strategy);
+        end if;
+    end loop;
+    return case
+        when not v_is_sure and v_vote = 'best_confidence' then 'vote best_confidence needs to know how confident answers are: set confidence to reported or stated'
+        when not v_is_sure and v_strategy = 'cascade' then 'strategy cascade needs to know how confident answers are: set confidence to reported or stated'
+        when not v_is_sure and v_vote = 'weighted' and not jsonb_path_exists(parameters, '$.members[*] ? (@.type() == "object")')
+        then 'vote weighted needs weights ({"model": "a", "weight": 2}), or confidence as reported or stated'
+        when (parameters ->> 'stops_early')::boolean and v_vote not in ('majority', 'weighted', 'unanimous')
+        then format('stops_early does not know when a vote by %s is settled: use majority, weighted, unanimous', v_vote)
+        when v_vote = 'unanimous' and parameters ? 'min_consensus' then 'vote unanimous needs a consensus of 1: leave min_consensus out, or use majority'
+        when v_vote in ('mean', 'median') and v_normalise not in ('text', 'number', 'json')
+        then format('vote %s reads numbers by itself: leave normalise %s out', v_vote, v_normalise)
+        when v_vote in ('mean', 'median') and parameters ->> 'field' is not null then format('vote %s is made of all numbers of JSON: leave field out', v_vote)
+        when v_voters = 0 then 'below escalate needs a member that votes, and a last one to escalate to'
+        when (parameters ->> 'min_responses')::integer > v_asked then format('min_responses is %s, and %s members are asked', parameters ->> 'min_responses', v_asked) end;
+end;
+$$;
+comment on function pgharness._composite_problem(text, jsonb) is
+'What parameters of an ensemble or a hedge, each allowed, do not mean together; null if they do. Workers know the same rules.';
 
 create or replace function pgharness._check_composite_parameters(what text, provider text, parameters jsonb) returns void
     language plpgsql immutable security invoker set search_path = pgharness, pg_temp
@@ -113,11 +165,14 @@ begin
             using errcode = 'PH002', hint = case provider
                 when 'ensemble' then 'For example: {"members": ["a", "b", "c"], "vote": "majority", "min_consensus": 0.5}.'
                 else 'For example: {"members": ["a"], "delay": {"strategy": "percentile", "percentile": 95}}.' end;
+    elsif _composite_problem(provider, parameters) is not null then
+        raise exception '%: %', what, _composite_problem(provider, parameters)
+            using errcode = 'PH002', hint = 'Change or leave out one of them: docs/ensembles.md and docs/hedging.md say what goes with what.';
     end if;
 end;
 $$;
 comment on function pgharness._check_composite_parameters(text, text, jsonb) is
-'Refuse parameters that an ensemble or hedge does not have (PH002), naming the first.';
+'Refuse parameters that an ensemble or hedge does not have, or that mean nothing together (PH002), naming the first.';
 
 create or replace function pgharness._check_composite(composite pgharness.models) returns void
     language plpgsql stable security invoker set search_path = pgharness, pg_temp

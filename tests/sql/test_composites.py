@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from psycopg import Connection
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from pgharness.gateway.ensemble_options import EnsembleParameters
 from pgharness.gateway.hedging import HedgeParameters
@@ -103,6 +103,78 @@ def test_the_database_and_the_workers_know_the_same_parameters(
     tx: Database, provider: str, shape: type[BaseModel]
 ) -> None:
     assert value(tx, "select pgharness._composite_schema(%s)", provider) == bare(shape.model_json_schema())
+
+
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "ensemble": [
+        {"vote": "bogus"},
+        {"vote": "my_votes:elect"},
+        {"vote": "my.votes:a.b", "normalise": "my:n"},
+        {"vote": "9votes:elect"},
+        {"normalise": "foo"},
+        {"enough_consensus": 0.5},
+        {"strategy": "sequential", "enough_consensus": 0.5},
+        {"hedge_delay_seconds": 1},
+        {"strategy": "hedged", "hedge_delay_seconds": 1},
+        {"strategy": "cascade"},
+        {"strategy": "cascade", "confidence": "stated", "confident_at": 0.5},
+        {"strategy": "cascade", "vote": "majority"},
+        {"confident_at": 0.5},
+        {"vote": "best_confidence"},
+        {"vote": "best_confidence", "confidence": "reported"},
+        {"vote": "weighted"},
+        {"vote": "weighted", "confidence": "reported"},
+        {"vote": "weighted", "members": [{"model": "a", "weight": 2}, "b"]},
+        {"stops_early": True},
+        {"stops_early": True, "vote": "mean"},
+        {"stops_early": False, "strategy": "sequential"},
+        {"vote": "unanimous", "min_consensus": 0.5},
+        {"vote": "unanimous"},
+        {"vote": "mean", "normalise": "boolean"},
+        {"vote": "median", "normalise": "json"},
+        {"vote": "mean", "field": "a.b"},
+        {"field": "a.b"},
+        {"below": "escalate", "members": ["a"]},
+        {"below": "escalate"},
+        {"below": "escalate", "min_responses": 2},
+        {"min_responses": 2},
+        {"min_responses": 3},
+        {"min_responses": 2, "max_members": 1},
+        {"min_responses": None, "max_members": None},
+    ],
+    "hedge": [
+        {"delay": []},
+        {"delay": [{"strategy": "fixed", "seconds": 1}]},
+        {"delay": [{"strategy": "fixed", "seconds": 1}] * 2},
+        {"delay": [{"strategy": "fixed", "seconds": 1}] * 2, "max_hedges": 2},
+        {"delay": {"strategy": "exponential", "min_seconds": 2, "max_seconds": 1}},
+        {"delay": {"strategy": "exponential", "min_seconds": 6}},
+        {"delay": {"strategy": "exponential", "min_seconds": 1, "max_seconds": 2}},
+        {"delay": [{"strategy": "exponential", "min_seconds": 2, "max_seconds": 1}]},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("provider", "options"),
+    [(provider, options) for provider, sets in OPTIONS.items() for options in sets],
+    ids=lambda each: json.dumps(each) if isinstance(each, dict) else each,
+)
+def test_the_database_and_the_workers_agree_on_what_options_mean_together(
+    tx: Database, provider: str, options: dict[str, Any]
+) -> None:
+    parameters = {"members": ["a", "b"]} | options
+    shape = {"ensemble": EnsembleParameters, "hedge": HedgeParameters}[provider]
+    problem = None
+    try:
+        shape.model_validate(parameters)
+    except ValidationError as exc:
+        problem = exc.errors()[0]["msg"].removeprefix("Value error, ")
+    found = value(tx, "select pgharness._composite_problem(%s, %s)", provider, json.dumps(parameters))
+    if problem is None or provider == "hedge":
+        assert (found is None) == (problem is None)
+    else:
+        assert found == problem
 
 
 def bare(schema: Any) -> Any:
