@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import analyses
 import calibration
 import comparison
 import figures
@@ -50,6 +51,7 @@ NAMES = (
     "hedging",
     "storms",
     "calibration",
+    "analyses",
 )
 INSPECT_PYTHON = "PGHARNESS_BENCH_INSPECT_PYTHON"
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
@@ -83,6 +85,7 @@ def lines(bed: Bed, wanted: set[str], inspect_python: Path | None) -> Iterator[L
         "hedging": hedging.hedging,
         "storms": storms.storms,
         "calibration": calibration.calibration,
+        "analyses": analyses.analyses,
     }
     for name, figure in others.items():
         if name in wanted:

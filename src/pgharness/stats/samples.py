@@ -120,16 +120,10 @@ def matrix(
     With nan="omit" a subject goes when any of its values is missing. Raises InvalidSample for other shapes, and as
     `sample` does.
     """
-    try:
-        rows = [_numbers(row, f"row {number} of {name}") for number, row in enumerate(_rows(values), start=1)]
-    except TypeError:
-        raise InvalidSample(
-            f"{name} must be a table: one row for each subject, one column for each condition"
-        ) from None
-    widths = {len(row) for row in rows}
-    if len(widths) > 1:
-        raise InvalidSample(f"the rows of {name} have unequal lengths {sorted(widths)}: one value for each condition")
-    table = np.array(rows, dtype=np.float64).reshape(len(rows), widths.pop() if widths else 0)
+    if isinstance(values, np.ndarray) and values.ndim == 2 and values.dtype.kind == "f" and not np.isinf(values).any():
+        table = values.astype(np.float64)
+    else:
+        table = _table(values, name)
     missing = np.isnan(table).any(axis=1)
     if missing.any():
         _refuse_nan(nan, f"{name}: {_count(int(missing.sum()), 'subject')} of {len(table)} has missing values")
@@ -285,9 +279,13 @@ def from_records(
 
 def codes(labels: Iterable[Any], *, name: str = "cluster", length: int | None = None) -> IntArray:
     """Return labels as integers 0..k-1 in order of appearance, shape (n,); length is how many there must be."""
-    given = [label.item() if isinstance(label, np.generic) else label for label in labels]
+    given = list(labels)
     if length is not None and len(given) != length:
         raise InvalidSample(f"{name} has {len(given)} labels for {length} values: give one for each value")
+    if set(map(type, given)) == {int} and (numbers_ := np.array(given)).dtype.kind == "i":  # many cases, most often
+        _, first, code = np.unique(numbers_, return_index=True, return_inverse=True)
+        return np.argsort(np.argsort(first))[code]
+    given = [label.item() if isinstance(label, np.generic) else label for label in given]
     empty = sum(1 for label in given if _is_missing(label))
     if empty:
         raise InvalidSample(f"{name} has {_count(empty, 'missing label')}: fill them or leave the rows out")
@@ -316,6 +314,19 @@ def _columns(records: object, wanted: list[str]) -> dict[str, list[Any]]:
         if lacking:
             raise InvalidSample(f"row {number} has no column {lacking[0]!r}; it has {', '.join(map(str, row))}")
     return {column: [row[column] for row in rows] for column in wanted}
+
+
+def _table(values: object, name: str) -> FloatArray:
+    try:
+        rows = [_numbers(row, f"row {number} of {name}") for number, row in enumerate(_rows(values), start=1)]
+    except TypeError:
+        raise InvalidSample(
+            f"{name} must be a table: one row for each subject, one column for each condition"
+        ) from None
+    widths = {len(row) for row in rows}
+    if len(widths) > 1:
+        raise InvalidSample(f"the rows of {name} have unequal lengths {sorted(widths)}: one value for each condition")
+    return np.array(rows, dtype=np.float64).reshape(len(rows), widths.pop() if widths else 0)
 
 
 def _rows(values: object) -> Iterable[Any]:
