@@ -122,7 +122,7 @@ def _print_comparison(result: Mapping[str, Any]) -> None:
             },
         )
     )
-    pairs = [one | {"interval": _interval(one["interval"])} for one in result["pairs"]]
+    pairs = [one | {"interval": _interval(one["interval"]), "found": _found(one)} for one in result["pairs"]]
     if pairs:
         stdout.print()
         stdout.print(
@@ -131,11 +131,11 @@ def _print_comparison(result: Mapping[str, Any]) -> None:
                 {
                     "first": "first",
                     "second": "second",
-                    "difference": "difference",
+                    "diff.": "difference",
                     level: "interval",
                     "p": "p_value",
                     f"p ({result['correction']})": "p_corrected",
-                    "verdict": "verdict",
+                    "found": "found",
                 },
             )
         )
@@ -151,3 +151,12 @@ def _interval(interval: Mapping[str, float | None] | None) -> str:
         return "-"
     low, high = (f"{end:.4f}" if end is not None else "?" for end in (interval["low"], interval["high"]))
     return f"[{low}, {high}]"
+
+
+def _found(pair: Mapping[str, Any]) -> str:
+    """Return what the corrected test says, in the words of a narrow column."""
+    if pair["differs"] is None:
+        return "-"
+    if not pair["differs"]:
+        return "not shown"
+    return "first higher" if pair["difference"] > 0 else "second higher"
