@@ -215,7 +215,7 @@ def test_the_command_makes_what_no_worker_does(url: str, db: Database) -> None:
     command = CommandLine(url, environment={"COLUMNS": "200"})
     command.work()
     shown = command.run("analyse", "compare", "quiz/1", "--set", "alpha=0.01").out
-    assert "model 2 scores higher" in shown and "p (holm)" in shown and "99% interval" in shown
+    assert "second higher" in shown and "they differ" in shown and "p (holm)" in shown and "99% interval" in shown
     found = command.call("analyse", "ablation", "1", "--set", "baseline=model 0", "--json").json
     assert [pair["second"] for pair in found["result"]["pairs"]] == ["model 0", "model 0"]
     assert command.call("analyse", "power", "quiz/1", "--no-wait").out.count("pgharness worker") == 1
