@@ -31,7 +31,8 @@ begin
         pgharness._text_cost(pgharness.models, double precision, double precision), pgharness.costs_per_correct(bigint, double precision), pgharness._scores(bigint),
         pgharness._note_scores(bigint), pgharness._author_pairs(bigint), pgharness._replication_spread(bigint), pgharness._call_sums(bigint),
         pgharness._call_totals(bigint), pgharness._call_latencies(bigint), pgharness._call_savings(bigint), pgharness._open_blocks(bigint, text),
-        pgharness.recent_latencies(bigint[], bigint[]), pgharness._hedging_latencies(bigint, bigint, text, bigint) to pgharness_reader, pgharness_worker;
+        pgharness.recent_latencies(bigint[], bigint[]), pgharness._hedging_latencies(bigint, bigint, text, bigint),
+        pgharness.score_plan(bigint), pgharness._check_id(text, bigint, text) to pgharness_reader, pgharness_worker;
 
     -- defining and starting: inputs are written by insert; runs by insert or through functions that hold the privilege
     grant insert, update, delete on pgharness.model_prices, pgharness.projects, pgharness.experiments, pgharness.datasets, pgharness.cases, pgharness.rubrics,

@@ -25,7 +25,19 @@ ROWS = (
     {"queue"},
     {"sdk"},
     {"clinical_runner", "execution", "report"},
-    {"archiving", "datasets", "grading", "hooks", "importing", "metrics", "redteam", "simulation", "telemetry", "trace"}
+    {
+        "analysis",
+        "archiving",
+        "datasets",
+        "grading",
+        "hooks",
+        "importing",
+        "metrics",
+        "redteam",
+        "simulation",
+        "telemetry",
+        "trace",
+    }
     | {"training"},
     {"gateway", "prompts"},
     {"schema"},

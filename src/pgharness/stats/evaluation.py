@@ -304,7 +304,7 @@ def variance_parts(
     scores, kept = _labelled(values, list(range(len(labels))), "values", "cases", nan)
     case = codes([cases[row] for row in kept])
     note = codes([labels[row] for row in kept]) if notes is not None else np.arange(len(scores))
-    return _nested(scores, case, note)
+    return coded_variance_parts(scores, case, note)
 
 
 def paired_variance_parts(
@@ -331,23 +331,29 @@ def paired_variance_parts(
     shared = [case for case in one if case in two]
     if len(shared) < 2:
         raise InvalidSample(f"{len(shared)} shared cases: at least 2 are needed to see how differences vary")
-    spread = float(np.var([one[case] - two[case] for case in shared], ddof=1))
-    noise = sum(side.variance(1, side.replications, side.grades, fixed_cases=True) for side in sides)
-    warnings = tuple(dict.fromkeys(text for side in sides for text in side.warnings))
+    return difference_parts(sides[0], sides[1], np.array([one[case] - two[case] for case in shared]))
+
+
+def difference_parts(first: VarianceParts, second: VarianceParts, differences: FloatArray) -> VarianceParts:
+    """Split the variance of differences by case, shape (cases,), at least 2, given the parts of both systems."""
+    spread = float(np.var(differences, ddof=1))
+    noise = sum(side.variance(1, side.replications, side.grades, fixed_cases=True) for side in (first, second))
+    warnings = tuple(dict.fromkeys((*first.warnings, *second.warnings)))
     if spread < noise:
         warnings += ("the case part came out negative and is reported as 0",)
     return VarianceParts(
         case=max(spread - noise, 0.0),
-        replication=_sum(sides[0].replication, sides[1].replication),
-        grade=_sum(sides[0].grade, sides[1].grade),
-        cases=len(shared),
-        replications=(sides[0].replications + sides[1].replications) / 2,
-        grades=(sides[0].grades + sides[1].grades) / 2,
+        replication=_sum(first.replication, second.replication),
+        grade=_sum(first.grade, second.grade),
+        cases=len(differences),
+        replications=(first.replications + second.replications) / 2,
+        grades=(first.grades + second.grades) / 2,
         warnings=warnings,
     )
 
 
-def _nested(scores: FloatArray, case: IntArray, note: IntArray) -> VarianceParts:
+def coded_variance_parts(scores: FloatArray, case: IntArray, note: IntArray) -> VarianceParts:
+    """Do as `variance_parts` with labels that are codes already, 0..k-1 without gaps, all of shape (n,)."""
     total, notes, cases = len(scores), int(note.max()) + 1, int(case.max()) + 1
     if cases < 2:
         raise InvalidSample("all values belong to one case: at least 2 cases are needed to split the variance")
