@@ -12,14 +12,14 @@ from psycopg import Connection
 
 from pgharness import __version__
 from pgharness.report.comparing import comparisons, families
-from pgharness.report.files import FORMATS, File, check, files_of, write
+from pgharness.report.files import FORMATS, Earlier, File, files_of, read_earlier, write
 from pgharness.report.judging import agreements, limits, powers
 from pgharness.report.model import Paragraph, Report, Section, Verbatim
 from pgharness.report.overview import reproduction, summary, title
 from pgharness.report.reading import read
 from pgharness.report.sections import costs, failures, methods, outliers, provenance, results
 
-__all__ = ["FORMATS", "File", "Report", "check", "files_of", "gather", "write"]
+__all__ = ["FORMATS", "Earlier", "File", "Report", "files_of", "gather", "read_earlier", "write"]
 
 
 def gather(connection: Connection[Any], runs: Sequence[str], *, alpha: float = 0.05) -> Report:
@@ -53,14 +53,18 @@ def gather(connection: Connection[Any], runs: Sequence[str], *, alpha: float = 0
         summary=summary(data, found),
         sections=tuple(section for section in sections if section is not None),
         runs=names,
+        alpha=alpha,
         software={"pgharness": __version__},
     )
 
 
 _STATISTICS = (
-    "A note's score is the mean of its grades, a case's the mean of its notes: the case is the unit, so repeated notes and "
+    "A note's score is the mean of its grades, a case's the mean of its notes: the case is the unit, so repeated "
+    "notes and "
     "grades do not count as more evidence than they are (Miller 2024, Adding error bars to evals).",
-    "Combinations and runs are compared on the cases that they share. The test follows from the design and the data and is "
+    "Combinations and runs are compared on the cases that they share. The test follows from the design and the "
+    "data and is "
     "named with its reasons beside each comparison, and a robust alternative is given in the data (JSON, CSV).",
-    "P-values are corrected for all comparisons of a table; a difference is only called one where the corrected test says so.",
+    "P-values are corrected for all comparisons of a table; a difference is only called one where the corrected "
+    "test says so.",
 )

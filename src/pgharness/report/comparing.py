@@ -1,4 +1,4 @@
-"""The section that compares: differences on shared cases, each with its test, its corrected p-value and what it allows to say."""
+"""The section that compares: differences on shared cases, each with its test and what that allows to say."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from psycopg import Connection
 
-from pgharness.analysis import Comparison, PairComparison, Scores, compare, load_scores
+from pgharness.analysis import Comparison, PairComparison, compare, load_scores
 from pgharness.database import Row
-from pgharness.report.model import Block, Column, Figure, Paragraph, Points, Section, Table, shown
+from pgharness.report.model import Block, Column, Figure, Paragraph, Points, Section, shown
 from pgharness.report.reading import RunData
 from pgharness.report.sections import counted, table_of
 
@@ -18,21 +18,21 @@ _SENTENCES = 15
 _PAIRS = (
     Column("first", "First"),
     Column("second", "Second"),
-    Column("cases", "Cases", "count", "Cases that both have: the pairs that are tested."),
     Column("difference", "Difference", "difference", "Mean over shared cases of first minus second."),
-    Column("standard_error", "SE", "score", "Standard error of the difference.", is_detail=True),
     Column("low", "CI low", "difference"),
     Column("high", "CI high", "difference"),
-    Column("effect_name", "Effect", about="Which effect size.", is_detail=True),
-    Column("effect", "Effect size", "number", "Standardised; which one it is says the column Effect."),
+    Column("standard_error", "SE", "score", "Standard error of the difference.", is_detail=True),
+    Column("p_value", "p", "p", "Of the test, before correction."),
+    Column("p_corrected", "Corrected p", "p", "Corrected for all pairs of this table."),
+    Column("verdict", "Verdict", about="What the corrected test allows to say."),
+    Column("effect", "Effect size", "number", "Standardised; the column Effect says which one it is."),
     Column("effect_low", "Effect low", "number", is_detail=True),
     Column("effect_high", "Effect high", "number", is_detail=True),
+    Column("effect_name", "Effect", about="Which effect size.", is_detail=True),
+    Column("cases", "Cases", "count", "Cases that both have: the pairs that are tested."),
     Column("test", "Test"),
-    Column("p_value", "p", "p"),
-    Column("p_corrected", "p corrected", "p", "Corrected for all pairs of this table."),
     Column("alternative", "Robust alternative", about="Another test of the same pair.", is_detail=True),
     Column("alternative_p", "Its p", "p", "Not corrected.", is_detail=True),
-    Column("verdict", "Verdict", about="What the corrected test allows to say."),
 )
 
 
@@ -71,7 +71,8 @@ def families(connection: Connection, data: Sequence[RunData], *, alpha: float) -
 def _shared(data: Sequence[RunData]) -> list[str]:
     """Return the combinations that all runs have under one name and with the same models and parameters."""
     frozen = [
-        {row["name"]: [_identity(row["generator"]), _identity(row["grader"])] for row in run.combinations} for run in data
+        {row["name"]: [_identity(row["generator"]), _identity(row["grader"])] for row in run.combinations}
+        for run in data
     ]
     return [name for name, made in frozen[0].items() if all(other.get(name) == made for other in frozen[1:])]
 
@@ -96,7 +97,8 @@ def _family(family: Family, *, is_titled: bool) -> list[Block]:
     tested = [pair for pair in made.pairs if pair.p_value is not None]
     notes = [
         "Differences are first minus second, over the cases that both have.",
-        f"Intervals are of {level} and not corrected; the verdict follows the corrected p-value at alpha = {made.alpha:g}. "
+        f"Intervals are of {level} and not corrected; the verdict follows the corrected p-value at alpha = "
+        f"{made.alpha:g}. "
         + (
             f"{counted(len(tested), 'p-value')} corrected together ({made.correction.capitalize()})."
             if len(tested) > 1
@@ -156,7 +158,7 @@ def _pair_row(pair: PairComparison) -> Row:
 def _differences(family: Family, level: str) -> Figure:
     points = tuple(
         {
-            "label": f"{pair.first} − {pair.second}",
+            "label": f"{pair.first} \N{MINUS SIGN} {pair.second}",
             "value": pair.difference,
             "low": pair.interval.low if pair.interval else None,
             "high": pair.interval.high if pair.interval else None,

@@ -10,7 +10,8 @@ import io
 import re
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pgharness.report.model import Figure, cleaned
 
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 
 INK = "#1b1b1f"
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#7f7f87"
-_WIDTH = 7.0
+_WIDTH = 5.8
 _LABEL = 34
-_WINDOWS = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]")  # written from right to left
+_RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]")  # drawn in the wrong order
 _SETTINGS: dict[str, Any] = {
     "svg.hashsalt": "pgharness",
     "svg.fonttype": "path",
@@ -53,7 +54,7 @@ def draw(figure: Figure, form: Literal["svg", "pdf", "png"]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    with _lock, matplotlib.rc_context(_SETTINGS):
+    with _lock, matplotlib.rc_context(cast(Any, _SETTINGS)):
         canvas = Canvas(figsize=(_WIDTH, _height(figure)), layout="constrained")
         FigureCanvasAgg(canvas)
         _PAINTERS[figure.kind](canvas, figure)
@@ -89,16 +90,18 @@ def _height(figure: Figure) -> float:
 def short(label: str) -> str:
     """Return a label as a figure shows it: one line, its middle left out if it is long."""
     text = " ".join(cleaned(label).split())
-    if _WINDOWS.search(text):
-        text = _WINDOWS.sub("\ufffd", text)
-    text = "".join(letter if _has_glyph(letter) else "\ufffd" for letter in text)
+    if _RIGHT_TO_LEFT.search(text):
+        text = _RIGHT_TO_LEFT.sub("\ufffd", text)
+    text = "".join(letter if ord(letter) in _glyphs() else "\ufffd" for letter in text)
     return text if len(text) <= _LABEL else f"{text[: _LABEL // 2]}…{text[1 - _LABEL // 2 :]}"
 
 
-def _has_glyph(letter: str) -> bool:
+@cache
+def _glyphs() -> frozenset[int]:
+    """Return the code points that the figures' font, which comes with matplotlib, can draw."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    return ord(letter) in get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap()
+    return frozenset(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
 
 
 def _labelled(axes: Axes, figure: Figure) -> list[int]:
@@ -137,7 +140,9 @@ def _distributions(canvas: Canvas, figure: Figure) -> None:
     for axes, row in zip(panels[:, 0], figure.rows, strict=False):
         bins = row["bins"]
         width = 1 / len(bins)
-        axes.bar([(place + 0.5) * width for place in range(len(bins))], bins, width=width * 0.92, color=BLUE, alpha=0.75)
+        axes.bar(
+            [(place + 0.5) * width for place in range(len(bins))], bins, width=width * 0.92, color=BLUE, alpha=0.75
+        )
         axes.axvline(row["median"], color=ORANGE, linewidth=2)
         axes.set_title(f"{short(row['label'])} (n = {row['count']:,})", loc="left", fontsize=9, color=INK)
         axes.set_yticks([])
@@ -150,7 +155,7 @@ def _costs(canvas: Canvas, figure: Figure) -> None:
     shapes = "osD^vP*X"
     colors = (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00")
     for place, row in enumerate(figure.rows):
-        look = {"marker": shapes[place % len(shapes)], "color": colors[place % len(colors)]}
+        look: dict[str, Any] = {"marker": shapes[place % len(shapes)], "color": colors[place % len(colors)]}
         axes.plot(row["cost"], row["value"], linestyle="", markersize=8, label=short(row["label"]), **look)
     axes.set_xlabel(figure.axis)
     axes.set_ylabel("mean score")

@@ -16,7 +16,7 @@ from typing import Any
 
 from pgharness.errors import Conflict, HarnessError, InvalidArgument
 from pgharness.report import figures, html, latex, markdown, notebook
-from pgharness.report.model import Block, Figure, Report, Table, cleaned
+from pgharness.report.model import Block, Report, Table, cleaned
 
 _FORMAT = "pgharness report"
 _FORMAT_VERSION = 1
@@ -127,7 +127,7 @@ FORMATS = tuple(_MAKERS)
 
 
 def csv_of(table: Table) -> str:
-    """Return a table as CSV (RFC 4180), its numbers unrounded; a text that a spreadsheet would compute begins with '."""
+    """Return a table as CSV (RFC 4180), its numbers unrounded; before what a spreadsheet would compute stands a '."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\r\n")
     writer.writerow([column.key for column in table.columns])
@@ -144,7 +144,7 @@ def _csv_cell(value: object) -> object:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Return a report as JSON-safe values: everything in it, numbers unrounded, a row an object by its columns' keys."""
+    """Return a report as JSON-safe values: all of it, numbers unrounded, a row an object by its columns' keys."""
     return {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
@@ -152,6 +152,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "title": report.title,
         "subtitle": report.subtitle,
         "runs": list(report.runs),
+        "alpha": report.alpha,
         "summary": list(report.summary),
         "sections": [
             {"key": section.key, "title": section.title, "blocks": [_block(block) for block in section.blocks]}
@@ -167,7 +168,9 @@ def _block(block: Block) -> dict[str, Any]:
                 "type": "table",
                 "key": block.key,
                 "caption": block.caption,
-                "columns": [{each.name: getattr(column, each.name) for each in fields(column)} for column in block.columns],
+                "columns": [
+                    {each.name: getattr(column, each.name) for each in fields(column)} for column in block.columns
+                ],
                 "rows": [dict(zip((column.key for column in block.columns), row, strict=True)) for row in block.rows],
                 "notes": list(block.notes),
             }
@@ -180,33 +183,49 @@ def _block(block: Block) -> dict[str, Any]:
 # -- checking
 
 
-def check(report: Report, path: Path) -> list[str]:
-    """Compare a report with an earlier one's file of format json; return where they differ, nothing where they agree.
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """An earlier report, from its file of format json: its runs in their order, its alpha, and its tables' rows."""
 
-    Numbers may differ by 1e-9 of their size. Raises HarnessError for a file that holds no report.
-    """
+    path: Path
+    runs: tuple[str, ...]
+    alpha: float
+    tables: Mapping[str, list[dict[str, Any]]]
+
+    def ordered(self, runs: Sequence[str]) -> list[str]:
+        """Return runs in the order of the earlier report, if they are its runs."""
+        return list(self.runs) if sorted(runs) == sorted(self.runs) else list(runs)
+
+    def differences(self, report: Report) -> list[str]:
+        """Return where a report differs, nothing where it agrees; numbers may differ by 1e-9 of their size."""
+        now = _tables(as_json(report))
+        lone = self.tables.keys() ^ now.keys()
+        found = [f"table {key} is only in {'the file' if key in self.tables else 'this report'}" for key in lone]
+        for key in self.tables.keys() & now.keys():
+            found += _row_differences(key, self.tables[key], now[key])
+        return sorted(found)
+
+
+def read_earlier(path: Path) -> Earlier:
+    """Read a report from its file of format json. Raises HarnessError for a file that holds no report."""
     try:
-        earlier = json.loads(path.read_bytes())
-        if earlier["format"] != _FORMAT:
+        report = json.loads(path.read_bytes())
+        if report["format"] != _FORMAT:
             raise ValueError("it says to be something else")
-        if earlier["format_version"] > _FORMAT_VERSION:
+        if report["format_version"] > _FORMAT_VERSION:
             raise ValueError("a newer pgharness wrote it")
-        then, now = _tables(earlier), _tables(as_json(report))
+        return Earlier(path, tuple(report["runs"]), float(report["alpha"]), _tables(report))
     except OSError as exc:
         raise HarnessError(f"{path} cannot be read: {exc.strerror}", hint="Check the path.") from exc
     except (ValueError, KeyError, TypeError) as exc:
         raise HarnessError(
             f"{path} is not a report in JSON: {exc}", hint="Make one: pgharness report RUN --format json --out DIR"
         ) from exc
-    found = [f"table {key} is only in {'the file' if key in then else 'this report'}" for key in then.keys() ^ now.keys()]
-    for key in then.keys() & now.keys():
-        found += _row_differences(key, then[key], now[key])
-    return sorted(found)
 
 
 def _tables(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     blocks = [block for section in report["sections"] for block in section["blocks"]]
-    return {block["key"]: block["rows"] for block in blocks if block["type"] in ("table", "figure")}
+    return {block["key"]: list(block["rows"]) for block in blocks if block["type"] in ("table", "figure")}
 
 
 def _row_differences(key: str, then: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:

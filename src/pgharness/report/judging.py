@@ -1,4 +1,4 @@
-"""The sections that judge the evidence: whether graders agree, what the design could have found, what it cannot show."""
+"""The sections that judge the evidence: whether graders agree, what could have been found, what cannot be shown."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def agreements(data: Sequence[RunData], *, alpha: float) -> Section:
                 continue
             with suppress(InvalidArgument):  # nothing was graded twice in this way
                 found = agreement(run.scores, between=between, alpha=alpha)
-                rows += [{"run": run.name, "between": name} | _measure(measure) for measure in found.measures]
+                # of two raters, what holds of all holds of the pair
+                measures = {(measure.raters, measure.name): measure for measure in found.measures}
+                rows += [{"run": run.name, "between": name} | _measure(measure) for measure in measures.values()]
                 warnings |= dict.fromkeys(found.warnings)
     if not rows:
         text = "No note was graded twice by one rubric or by rubrics of two authors, so agreement cannot be told."
@@ -98,7 +100,8 @@ def powers(data: Sequence[RunData], *, alpha: float) -> Section | None:
     if not rows:
         return None
     notes = (
-        "Sensitivity of the design as it was run, by the observed spread of differences. This is not power at the observed "
+        "Sensitivity of the design as it was run, by the observed spread of differences. This is not power at "
+        "the observed "
         "effect, which only restates the p-value (Hoenig & Heisey 2001).",
     )
     columns = (*run_column(data), *_POWER)
@@ -115,13 +118,17 @@ def limits(data: Sequence[RunData], found: Sequence[Family], *, is_registered: b
     tests = sum(1 for family in found for pair in family.comparison.pairs if pair.p_value is not None)
     if len(found) > 1:
         items.append(
-            f"P-values are corrected within each of the {len(found)} tables of comparisons, not over all {tests} tests together."
+            f"P-values are corrected within each of the {len(found)} tables of comparisons, not over all {tests} "
+            "tests together."
         )
     if any(pair.differs is False for family in found for pair in family.comparison.pairs):
-        items.append("Where no difference was shown, that is not evidence of equality: see Sensitivity for what could be found.")
+        items.append(
+            "Where no difference was shown, that is not evidence of equality: see Sensitivity for what could be found."
+        )
     if tests and not is_registered:
         items.append(
-            "No hypothesis or primary metric was registered before the runs started, so the comparisons are exploratory."
+            "No hypothesis or primary metric was registered before the runs started, so the comparisons are "
+            "exploratory."
         )
     return Section("limits", "Limits", (Points(tuple(items)),) if items else (Paragraph("None is known."),))
 
@@ -136,11 +143,14 @@ def _of_sample(run: RunData) -> list[str]:
         )
     if cases:
         items.append(
-            "intervals and tests hold for cases drawn like these; of other kinds of cases, prompts or later versions of "
+            "intervals and tests hold for cases drawn like these; of other kinds of cases, prompts or later "
+            "versions of "
             "the models they say nothing."
         )
     if cases and (made["note_replications"] or 1) == 1:
-        items.append("each case has one note of each combination, so chance in generation cannot be told from the case.")
+        items.append(
+            "each case has one note of each combination, so chance in generation cannot be told from the case."
+        )
     if cases and (made["grade_replications"] or 1) == 1 and _graded_by_models(run):
         items.append("each note has one grade of each rubric, so the grader's own noise was not measured.")
     if made["seed"] is not None and cases:
@@ -162,7 +172,8 @@ def _of_graders(run: RunData) -> list[str]:
     own = [row["name"] for row in run.combinations if row["grader"] and _same(row["generator"], row["grader"])]
     if own:
         items.append(
-            f"the grader is the generator itself in {', '.join(own)}: models tend to prefer their own answers, so these "
+            f"the grader is the generator itself in {', '.join(own)}: models tend to prefer their own answers, so "
+            "these "
             "scores may be too high."
         )
     graders = {(row["grader"] or {}).get("name") for row in run.combinations}
@@ -187,16 +198,19 @@ def _of_execution(run: RunData) -> list[str]:
     if row["status"] in ("running", "paused"):
         items.append(f"the run is {row['status']}: its numbers will change, and looking early spoils p-values.")
     elif row["status"] != "completed":
-        items.append(f"the run is {row['status']}{f' ({row["reason"]})' if row['reason'] else ''}, so it is not whole.")
+        reason = f" ({row['reason']})" if row["reason"] else ""
+        items.append(f"the run is {row['status']}{reason}, so it is not whole.")
     failed = row["notes_failed"] + row["grades_failed"]
     if failed or missing(run):
         items.append(
-            f"{counted(failed, 'item')} failed for good and {counted(missing(run), 'item')} {'is' if missing(run) == 1 else 'are'} "
+            f"{counted(failed, 'item')} failed for good and {counted(missing(run), 'item')} "
+            f"{'is' if missing(run) == 1 else 'are'} "
             "undecided: what is missing may not be missing at random."
         )
     if row["status"] == "completed" and run.provenance["response_cache"] not in (None, "off"):
         items.append(
-            f"answers may come from the response cache ({run.provenance['response_cache']}), so they are not independent of "
+            f"answers may come from the response cache ({run.provenance['response_cache']}), so they are not "
+            "independent of "
             "earlier runs, and latencies and costs are not those of fresh calls."
         )
     if any("(dirty)" in commit for commit in run.provenance["worker_git_commits"] or []):

@@ -7,7 +7,6 @@ pdflatex's fonts do not have are shown as their code point.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from pgharness.report.model import Block, Column, Figure, Paragraph, Points, Report, Table, Verbatim, cleaned, shown
 
@@ -51,6 +50,7 @@ _COMMANDS = {
     "\N{REPLACEMENT CHARACTER}": r"\framebox{?}",
 }
 _SPOKEN = {"\N{DEGREE SIGN}", "\N{SECTION SIGN}", "\N{POUND SIGN}", "\N{COPYRIGHT SIGN}"}
+_EXTENDED = frozenset("ĄąĆćČčĎďĐđĘęĚěĞğİıĹĺĽľŁłŃńŇňŐőŒœŔŕŘřŚśŞşŠšŢţŤťŮůŰűŸŹźŻżŽž")  # Latin
 _UNBROKEN = 9
 _WIDE = 110  # characters that a line of a table of the smallest size may take
 _LONG = 30  # rows beyond which a table may go over pages
@@ -65,10 +65,13 @@ _HEAD = r"""\documentclass[10pt]{article}
 \usepackage{booktabs}
 \usepackage{longtable}
 \usepackage{graphicx}
+\usepackage{float}
 \usepackage[hidelinks]{hyperref}
 \setlength{\parindent}{0pt}
 \setlength{\parskip}{0.5em}
 \setlength{\tabcolsep}{3pt}
+\setlength{\abovecaptionskip}{4pt}
+\setlength{\belowcaptionskip}{4pt}
 \emergencystretch=3em
 \newcolumntype{L}[1]{>{\raggedright\arraybackslash}p{#1}}
 \newcolumntype{R}[1]{>{\raggedleft\arraybackslash}p{#1}}
@@ -96,9 +99,9 @@ def _letter(letter: str) -> str:
         return _COMMANDS[letter]
     code = ord(letter)
     # what T1 and inputenc know: ASCII, Latin-1's letters and Latin Extended-A
-    if 0x20 <= code < 0x7F or 0xC0 <= code <= 0xFF and code not in (0xD7, 0xF7) or letter in _SPOKEN:
+    if 0x20 <= code < 0x7F or (0xC0 <= code <= 0xFF and code not in (0xD7, 0xF7)) or letter in _SPOKEN:
         return letter
-    if letter in "ĄąĆćČčĎďĐđĘęĚěĞğİıĹĺĽľŁłŃńŇňŐőŒœŔŕŘřŚśŞşŠšŢţŤťŮůŰűŸŹźŻżŽž":
+    if letter in _EXTENDED:
         return letter
     return rf"\texttt{{\footnotesize<U+{code:04X}>}}".replace("<", "{[}").replace(">", "{]}")
 
@@ -126,10 +129,11 @@ def _block(block: Block) -> str:
         case Verbatim():
             lines = (_line(line) for line in cleaned(block.text).split("\n"))
             text = "\n".join(lines)
-            return f"\\paragraph{{{escaped(block.title)}}}\\mbox{{}}\\par\n{{\\footnotesize\\ttfamily\\raggedright\n{text}}}\n"
+            head = f"\\paragraph{{{escaped(block.title)}}}\\mbox{{}}\\par"
+            return f"{head}\n{{\\footnotesize\\ttfamily\\raggedright\n{text}}}\n"
         case Figure():
             return (
-                "\\begin{figure}[htbp]\n\\centering\n"
+                "\\begin{figure}[H]\n\\centering\n"
                 f"\\includegraphics[width=0.92\\linewidth]{{figures/{block.key}.pdf}}\n"
                 f"\\caption{{{escaped(block.caption)}}}\n\\end{{figure}}\n"
             )
@@ -149,18 +153,24 @@ def _table(table: Table) -> str:
     size, columns = _layout(table)
     head = " & ".join(rf"\textbf{{{escaped(column.label)}}}" for column in table.columns) + r" \\"
     rows = [
-        " & ".join(escaped(shown(value, column.kind)) for column, value in zip(table.columns, row, strict=True)) + r" \\"
+        " & ".join(escaped(shown(value, column.kind)) for column, value in zip(table.columns, row, strict=True))
+        + r" \\"
         for row in table.rows
     ]
     notes = "".join(rf"\par {escaped(note)}" for note in table.notes)
-    notes = f"{{\\footnotesize{notes}\\par}}\n" if notes else ""
+    notes = f"\\par\\smallskip{{\\footnotesize\\raggedright{notes}\\par}}\n" if notes else ""
     caption = escaped(table.caption)
     if len(rows) > _LONG:
         lines = [rf"{{{size}\begin{{longtable}}{{{columns}}}", rf"\caption{{{caption}}}\\", r"\toprule", head]
         lines += [r"\midrule", r"\endfirsthead", r"\toprule", head, r"\midrule", r"\endhead", r"\bottomrule"]
         lines += [r"\endfoot", *rows, r"\end{longtable}}", notes]
     else:
-        lines = [r"\begin{table}[htbp]", r"\centering", rf"\caption{{{caption}}}", rf"{size}\begin{{tabular}}{{{columns}}}"]
+        lines = [
+            r"\begin{table}[H]",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"{size}\begin{{tabular}}{{{columns}}}",
+        ]
         lines += [r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", notes + r"\end{table}"]
     return "\n".join(lines) + "\n"
 
@@ -182,12 +192,10 @@ def _width(table: Table, place: int) -> float:
     column = table.columns[place]
     texts = [shown(row[place], column.kind) for row in table.rows]
     longest = max((len(text) for text in texts), default=0)
-    word = max((len(word) for word in column.label.split()), default=0)
+    word = max(min(len(column.label), 9), *(len(word) for word in column.label.split()))
     return max(word * 1.15, min(longest, 60 if not column.is_number else 14)) + 1.5
 
 
 def _column(column: Column, share: float) -> str:
     letter = "R" if column.is_number else "L"
     return rf"{letter}{{\dimexpr {share:.4f}\linewidth-2\tabcolsep\relax}}"
-
-

@@ -1,4 +1,4 @@
-"""What a report is: sections of paragraphs, tables and figures' data, with the numbers as they are, not as they are shown.
+"""What a report is: sections of paragraphs, tables and figures' data, the numbers as they are, not as they are shown.
 
 Every format is a view of this one document, so no number is computed twice. Texts are as people and models wrote them:
 a format escapes them, and `cleaned` takes out what no format can show.
@@ -14,19 +14,21 @@ from decimal import Decimal
 from typing import Any, Literal
 
 Kind = Literal["text", "count", "score", "difference", "p", "number", "usd", "ms", "time", "flag"]
-"""How a column's values are written: a score has three decimals, a difference has its sign, "p" is as the APA has it."""
+"""How a column's values are written: a score with three decimals, a difference with its sign, a p as the APA has it."""
 
 Value = str | int | float | bool | None
 FigureKind = Literal["intervals", "differences", "distributions", "costs", "latencies"]
 
 _LONGEST = 400
 # controls, and what turns the direction of the text around it: neither has a place in a table
-_UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]")
+_UNSHOWABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table; `about` says in a sentence what it is, and a detail is left out where there is little room."""
+    """A column of a table; `about` says what it is, and a detail is left out where there is little room."""
 
     key: str
     label: str
@@ -112,6 +114,7 @@ class Report:
     summary: tuple[str, ...]
     sections: tuple[Section, ...]
     runs: tuple[str, ...] = ()
+    alpha: float = 0.05
     software: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -133,7 +136,7 @@ class Report:
 
 
 def plain(value: Any) -> Any:
-    """Return a value of the database as the report holds it: numbers as float, times in UTC; what is no number is None."""
+    """Return a value of the database as a report holds it: numbers as float, times as text, NaN as None."""
     match value:
         case Decimal() | float():
             return float(value) if math.isfinite(value) else None
@@ -157,7 +160,7 @@ def cleaned(text: str) -> str:
 def shown(value: Value, kind: Kind = "text") -> str:
     """Return a value as people read it; nothing is shown as a dash, and a long text by its beginning."""
     if value is None or value == "":
-        return "–"
+        return "\N{EN DASH}"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str):
@@ -170,14 +173,14 @@ def shown(value: Value, kind: Kind = "text") -> str:
 
 def _number(value: float, kind: Kind) -> str:
     if not math.isfinite(value):
-        return "–"
+        return "\N{EN DASH}"
     match kind:
         case "count":
             text = f"{value:,.0f}"
         case "score":
             text = f"{value:.3f}"
         case "difference":
-            text = f"{value:+.3f}"
+            text = f"{value:+.3f}" if abs(value) >= 0.0005 else "0.000"
         case "p":
             if value < 0.001:
                 return "<.001"
@@ -187,8 +190,8 @@ def _number(value: float, kind: Kind) -> str:
         case "ms":
             text = f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
         case _:
-            text = f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
-    return text.replace("-", "−") if kind != "text" else text
+            text = f"{value:,.2f}" if 0.005 <= abs(value) < 10_000 or value == 0 else f"{value:,.3g}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def usd(amount: float) -> str:

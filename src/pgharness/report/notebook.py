@@ -73,7 +73,8 @@ def figure(key):
         for place, line in enumerate(lines):
             top = max(line["bins"]) or 1
             width = 1 / len(line["bins"])
-            axes.bar([(n + 0.5) * width for n in range(len(line["bins"]))], [0.8 * n / top for n in line["bins"]], width, place)
+            middles = [(n + 0.5) * width for n in range(len(line["bins"]))]
+            axes.bar(middles, [0.8 * n / top for n in line["bins"]], width, place)
             axes.plot([line["median"]] * 2, [place, place + 0.8], color="#d55e00")
     elif found["kind"] == "costs":
         axes.scatter([line["cost"] for line in lines], [line["value"] for line in lines])
@@ -94,7 +95,7 @@ def figure(key):
 
 
 def render(report: Report, data: Mapping[str, Any]) -> str:
-    """Return a report as a notebook (nbformat 4.5); data is the report as JSON-safe values, which the notebook holds."""
+    """Return a report as a notebook (nbformat 4.5), which holds data, the report as JSON-safe values."""
     cells = [_text("\n\n".join([f"# {markdown.escaped(report.title)}", *_emphasised(report.subtitle)]))]
     cells.append(_text("\n\n".join(["## Summary", *map(markdown.escaped, report.summary)])))
     literal = json.dumps(data, ensure_ascii=True, allow_nan=False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pgharness.analysis import PairComparison
 from pgharness.report.comparing import Family
-from pgharness.report.model import Report, shown
+from pgharness.report.model import shown
 from pgharness.report.reading import RunData
 from pgharness.report.sections import counted, estimates
 
@@ -43,9 +44,11 @@ def _asked(data: Sequence[RunData]) -> str:
             continue
         made = run.provenance
         parts.append(
-            f"Run {run.name} gave {counted(made['case_count'], 'case')} to {counted(len(run.combinations), 'combination')} of "
+            f"Run {run.name} gave {counted(made['case_count'], 'case')} to "
+            f"{counted(len(run.combinations), 'combination')} of "
             f"generator and grader, {counted(made['note_replications'] or 1, 'note')} each; "
-            f"{counted(run.progress['notes_succeeded'], 'note')} and {counted(run.progress['grades_succeeded'], 'grade')} were made."
+            f"{counted(run.progress['notes_succeeded'], 'note')} and "
+            f"{counted(run.progress['grades_succeeded'], 'grade')} were made."
         )
     return " ".join(parts)
 
@@ -55,12 +58,13 @@ def _scored(data: Sequence[RunData]) -> str:
     if not rows:
         return ""
     best = max(rows, key=lambda row: row["mean"])
-    text = f"The {'highest mean score has' if len(rows) > 1 else 'mean score of'} {best['label']}"
-    text += f", {_estimated(best)}" if len(rows) > 1 else f" is {_estimated(best)}"
-    if len(rows) > 1:
-        worst = min(rows, key=lambda row: row["mean"])
-        text += f"; the lowest {worst['label']}, {_estimated(worst)}"
-    return text + "."
+    if len(rows) == 1:
+        return f"The mean score of {best['label']} is {_estimated(best)}."
+    worst = min(rows, key=lambda row: row["mean"])
+    return (
+        f"The highest mean score is that of {best['label']}, {_estimated(best)}, the lowest that of {worst['label']}, "
+        f"{_estimated(worst)}; brackets hold confidence intervals over cases."
+    )
 
 
 def _estimated(row: dict[str, object]) -> str:
@@ -87,25 +91,32 @@ def _compared(found: Sequence[Family]) -> list[str]:
             pairs = "the one comparison" if len(tested) == 1 else f"none of {counted(len(tested), 'comparison')}"
             verb = "did not show" if len(tested) == 1 else "showed"
             texts.append(
-                f"{where}{pairs} {verb} a difference at alpha = {made.alpha:g}{corrected}; that is not evidence that there is none."
+                f"{where}{pairs} {verb} a difference at alpha = {made.alpha:g}{corrected}; that is not evidence "
+                "that there is none."
             )
             continue
-        told = "; ".join(
-            f"{pair.verdict} than {pair.second if (pair.difference or 0) > 0 else pair.first} "
-            f"({shown(pair.difference, 'difference')}"
-            + (f" [{shown(pair.interval.low, 'difference')}, {shown(pair.interval.high, 'difference')}]" if pair.interval else "")
-            + ")"
-            if pair.verdict.endswith("scores higher")
-            else f"{pair.first} and {pair.second} differ"
-            for pair in differing[:4]
-        )
+        told = "; ".join(map(_finding, differing[:4]))
         more = f"; and {len(differing) - 4} more" if len(differing) > 4 else ""
         texts.append(
             f"{where}{len(differing)} of {counted(len(tested), 'comparison')} "
-            f"{'is' if len(differing) == 1 else 'are'} statistically significant at alpha = {made.alpha:g}{corrected}: {told}{more}."
+            f"{'is' if len(differing) == 1 else 'are'} statistically significant at alpha = "
+            f"{made.alpha:g}{corrected}: {told}{more}."
             + (" For the others no difference was shown." if len(differing) < len(tested) else "")
         )
     return [text[0].upper() + text[1:] for text in texts]
+
+
+def _finding(pair: PairComparison) -> str:
+    """Say what differs, from the one that scores higher."""
+    difference = pair.difference or 0.0
+    if not difference:
+        return f"{pair.first} and {pair.second} differ, though not in their means"
+    ends: tuple[float, ...] = (pair.interval.low, pair.interval.high) if pair.interval else ()
+    higher, lower = pair.first, pair.second
+    if difference < 0:
+        higher, lower, difference, ends = lower, higher, -difference, tuple(-end for end in reversed(ends))
+    said = f" [{', '.join(shown(end, 'difference') for end in ends)}]" if ends else ""
+    return f"{higher} scores higher than {lower} ({shown(difference, 'difference')}{said})"
 
 
 def _spent(data: Sequence[RunData]) -> str:
@@ -126,17 +137,17 @@ def reproduction(report_runs: Sequence[str]) -> tuple[str, str]:
         "pgharness report --archive archive/*.zip --check report.json",
     )
     return "\n".join(lines), (
-        "The first command writes the runs into files, the second computes every number of this report anew from the files "
+        "The first command writes the runs into files, the second computes every number of this report anew from "
+        "the files "
         "alone, in a private database that is thrown away, and says whether they agree with report.json (format json)."
     )
 
 
 def _quoted(name: str) -> str:
-    return name if name.isascii() and name.replace("/", "").replace("-", "").replace("_", "").isalnum() else _shell(name)
+    return (
+        name if name.isascii() and name.replace("/", "").replace("-", "").replace("_", "").isalnum() else _shell(name)
+    )
 
 
 def _shell(name: str) -> str:
     return "'" + name.replace("'", "'\"'\"'") + "'"
-
-
-__all__ = ["Report", "reproduction", "summary", "title"]

@@ -23,6 +23,7 @@ class RunData:
 
     run_id: int
     name: str
+    rerun_of_id: int | None
     progress: Row
     provenance: Row
     combinations: list[Row]
@@ -67,7 +68,7 @@ def read(connection: Connection[Any], run: str, *, alpha: float) -> RunData:
     run_id: int = row["id"]
     scores = load_scores(connection, [run_id]) if row["grades_succeeded"] else None
 
-    def rows(view: str, *order: str, **filters: object) -> list[Row]:
+    def rows(view: str, *order: str, **filters: Any) -> list[Row]:
         read_rows = [plain(each) for each in database.rows(connection, view, run_id=run_id, **filters)]
         # a view's rows come in any order; a report of the same rows is the same
         return sorted(read_rows, key=lambda each: tuple(_sortable(each[name]) for name in order))
@@ -75,6 +76,7 @@ def read(connection: Connection[Any], run: str, *, alpha: float) -> RunData:
     return RunData(
         run_id=run_id,
         name=row["name"],
+        rerun_of_id=row["rerun_of_id"],
         progress=rows("run_progress")[0],
         provenance=rows("run_provenance")[0],
         combinations=rows("run_combinations", "number"),

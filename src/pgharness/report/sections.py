@@ -1,4 +1,4 @@
-"""The sections that describe runs: results, costs, failures, outliers, methods and provenance, from the rows of views."""
+"""The sections that describe runs: results, costs, failures, outliers, methods and provenance."""
 
 from __future__ import annotations
 
@@ -67,13 +67,15 @@ def _value(value: Any) -> Value:
 
 _SCORES = (
     Column("combination", "Combination", about="Generator and grader, as frozen at the start of the run."),
+    Column(
+        "mean", "Mean score", "score", "Mean over cases, of the mean of each one's notes; a share of the highest score."
+    ),
+    Column("low", "CI low", "score"),
+    Column("high", "CI high", "score"),
+    Column("standard_error", "SE", "score", "Standard error over cases."),
     Column("cases", "Cases", "count", "Cases with a scored note: what is sampled."),
     Column("notes", "Notes", "count", "Notes with a grade."),
     Column("grades", "Grades", "count"),
-    Column("mean", "Mean score", "score", "Mean over cases, of the mean of each one's notes; a share of the highest score."),
-    Column("standard_error", "SE", "score", "Standard error over cases."),
-    Column("low", "CI low", "score"),
-    Column("high", "CI high", "score"),
     Column("replication_sd", "Replication SD", "score", "Spread between notes of one case.", is_detail=True),
     Column("min_score", "Lowest", "score", "Of a note.", is_detail=True),
     Column("max_score", "Highest", "score", "Of a note.", is_detail=True),
@@ -112,7 +114,8 @@ def results(data: Sequence[RunData]) -> Section:
     if rows:
         level = next(f"{100 * (1 - run.comparison.alpha):g}%" for run in data if run.comparison)
         notes = (
-            "Scores are shares of the highest possible score, 0 to 1. A case counts once, however many notes it has; standard "
+            "Scores are shares of the highest possible score, 0 to 1. A case counts once, however many notes it "
+            "has; standard "
             f"errors count cases, and the {level} intervals use Student's t. They are not cut off at 0 or 1.",
             "Whether two intervals overlap says little about a difference: see Comparisons.",
         )
@@ -125,7 +128,9 @@ def results(data: Sequence[RunData]) -> Section:
     if any(run.results for run in data):
         columns = (*run_column(data), Column("key", "Result"), Column("value", "Value"))
         rows = [row for run in data for row in run.results]
-        blocks.append(table_of("recorded_results", "Results that the code recorded, the latest of each key", columns, rows))
+        blocks.append(
+            table_of("recorded_results", "Results that the code recorded, the latest of each key", columns, rows)
+        )
     return Section("results", "Results", tuple(blocks) or (Paragraph("The runs recorded no results."),))
 
 
@@ -158,7 +163,7 @@ def case_means(data: Sequence[RunData]) -> dict[tuple[str, str], dict[str, float
 
 
 def _distributions(data: Sequence[RunData]) -> Figure:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (run, combination), means in case_means(data).items():
         bins = [0] * _BINS
         for mean in means.values():
@@ -167,7 +172,9 @@ def _distributions(data: Sequence[RunData]) -> Figure:
         rows.append({"label": label(data, run, combination), "bins": bins, "median": middle, "count": len(means)})
     told = "; ".join(f"{row['label']}: median {shown(row['median'], 'score')}" for row in rows)
     caption = f"Cases by their mean score, in {_BINS} bins; the line marks the median case."
-    return Figure("distributions", "distributions", caption, f"Histograms. {told}.", "mean score of a case", tuple(rows))
+    return Figure(
+        "distributions", "distributions", caption, f"Histograms. {told}.", "mean score of a case", tuple(rows)
+    )
 
 
 # -- costs and failures
@@ -206,7 +213,7 @@ def costs(data: Sequence[RunData]) -> Section:
     blocks: list[Block] = [table_of("costs", "Calls, tokens and cost", totals, [run.costs for run in data])]
     performance = [row for run in data for row in run.performance]
     if performance:
-        note = "Latencies are of calls that succeeded, by models and what they were called for; prices are those at the start."
+        note = "Latencies are of calls that succeeded, by model and what it was called for."
         blocks.append(table_of("models_performance", "Calls by model", calls, performance, [note]))
     blocks += _cost_figures(data, performance)
     return Section("costs", "Costs and latencies", tuple(blocks))
@@ -311,7 +318,8 @@ def missing(run: RunData) -> int:
 
 def outliers(data: Sequence[RunData]) -> Section | None:
     """The cases that score unlike the others, per combination; None without enough cases."""
-    found, lowest = [], []
+    found: list[Row] = []
+    lowest: list[Row] = []
     for (run, combination), means in case_means(data).items():
         if len(means) < 5:
             continue
@@ -357,7 +365,7 @@ def methods(data: Sequence[RunData], statistics_used: Sequence[str]) -> Section:
     blocks += [Points(tuple(statistics_used))] if statistics_used else []
     models = _models(data)
     if models:
-        columns = (
+        columns: tuple[Column, ...] = (
             Column("model", "Model"),
             Column("roles", "Role"),
             Column("provider", "Provider"),
@@ -388,10 +396,13 @@ def _design(run: RunData) -> str:
     overlaps = made["transcript_overlaps"] or []
     partly = "" if overlaps in ([], [100]) else f" and transcript overlaps of {', '.join(map(str, overlaps))} percent"
     return (
-        f"Run {run.name} has {counted(made['case_count'], 'case')}, {counted(len(run.combinations), 'combination')} of generator "
-        f"and grader, {counted(made['note_replications'] or 1, 'note')} of each case and combination{partly}, and {graded}: "
+        f"Run {run.name} has {counted(made['case_count'], 'case')}, "
+        f"{counted(len(run.combinations), 'combination')} of generator "
+        f"and grader, {counted(made['note_replications'] or 1, 'note')} of each case and combination{partly}, and "
+        f"{graded}: "
         f"{counted(run.progress['note_count'], 'note')} and {counted(run.progress['grade_count'], 'grade')} planned. "
-        "A grade is the weighted share of its rubric's criteria that the grader saw satisfied, or what the metric gave; "
+        "A grade is the weighted share of its rubric's criteria that the grader saw satisfied, or what the "
+        "metric gave; "
         "a note's score is the mean of its grades."
     )
 
@@ -464,15 +475,16 @@ def _facts(run: RunData) -> dict[str, Value]:
     for environment in environments:
         for name, version in (environment.get("packages") or {}).items():
             packages[name.lower()].add(version)
-    code = "; ".join(f"{each['module']}:{each['function']} {each['digest'][:12]}" for each in made["code"] or [])
+    frozen = made["definition"] or {}
+    code = frozen.get("code") or {}
     facts: dict[str, Value] = {
         "run": run.name,
         "run id": str(run.run_id),
         "experiment": made["experiment"],
-        "instance": (made["definition"] or {}).get("name") or made["instance"],
+        "instance": frozen.get("name") or made["instance"],
         "kind": made["kind"],
         "status": progress["status"] + (f" ({progress['reason']})" if progress["reason"] else ""),
-        "repeats": made["rerun_of"],
+        "repeats the run of id": None if run.rerun_of_id is None else str(run.rerun_of_id),
         "started by": made["started_by"],
         "started at": made["started_at"],
         "finished at": progress["finished_at"],
@@ -481,11 +493,12 @@ def _facts(run: RunData) -> dict[str, Value]:
         "SHA-256 of the cases": made["cases_digest"],
         "response cache": made["response_cache"],
         "program version": made["software_version"],
-        "code": code,
+        "code": f"{code['module']}:{code['function']}" if code.get("module") else None,
+        "SHA-256 of the code": code.get("digest"),
         "git commit": ", ".join(made["worker_git_commits"] or []),
         "pgharness of the workers": ", ".join(made["worker_versions"] or []),
         "Python": ", ".join(sorted({str(each.get("python")) for each in environments if each.get("python")})),
         "platform": ", ".join(sorted({str(each.get("platform")) for each in environments if each.get("platform")})),
         "packages": ", ".join(f"{name} {'/'.join(sorted(packages[name]))}" for name in _PACKAGES if name in packages),
     }
-    return {name: value for name, value in facts.items() if value not in (None, "")}
+    return {name: value for name, value in facts.items() if value is not None and value != ""}
