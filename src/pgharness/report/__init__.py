@@ -17,6 +17,7 @@ from pgharness.report.judging import agreements, limits, powers
 from pgharness.report.model import Paragraph, Report, Section, Verbatim
 from pgharness.report.overview import reproduction, summary, title
 from pgharness.report.reading import read
+from pgharness.report.registered import plan_of, registered
 from pgharness.report.sections import costs, failures, methods, outliers, provenance, results
 
 __all__ = ["FORMATS", "Earlier", "File", "Report", "files_of", "gather", "read_earlier", "write"]
@@ -36,13 +37,14 @@ def gather(connection: Connection[Any], runs: Sequence[str], *, alpha: float = 0
     commands, about = reproduction(names)
     sections = (
         results(data),
+        registered(data, alpha=alpha),
         comparisons(found) if any(run.scores for run in data) else None,
         powers(data, alpha=alpha),
         agreements(data, alpha=alpha) if any(run.scores for run in data) else None,
         outliers(data),
         costs(data),
         failures(data),
-        limits(data, found, is_registered=False),
+        limits(data, found, is_registered=all(plan_of(run) is not None for run in data)),
         methods(data, _STATISTICS if any(run.scores for run in data) else ()),
         provenance(data),
         Section("reproduction", "Reproduction", (Paragraph(about), Verbatim("Commands", commands))),

@@ -8,7 +8,7 @@ from pgharness.report.model import Block, Figure, Paragraph, Points, Report, Tab
 
 _SPECIAL = re.compile(r"([\\`*_\[\]|~$@])")
 # what makes a list, a heading, a quotation or a rule when a line begins with it
-_LEADING = re.compile(r"^(\s*)([#+\-=>]|\d+(?=[.)]))")
+_LEADING = re.compile(r"^(\s*)([#+\-=>]|\d{1,9}(?=[.)](?:\s|$)))")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 

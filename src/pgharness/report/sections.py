@@ -464,11 +464,13 @@ def provenance(data: Sequence[RunData]) -> Section:
     columns = (Column("fact", "Fact"), *(Column(f"run_{place}", run.name) for place, run in enumerate(data)))
     facts = [_facts(run) for run in data]
     names = list(dict.fromkeys(name for each in facts for name in each))
-    rows = [{"fact": name} | {f"run_{place}": each.get(name) for place, each in enumerate(facts)} for name in names]
+    rows: list[Row] = [
+        {"fact": name} | {f"run_{place}": each.get(name, "") for place, each in enumerate(facts)} for name in names
+    ]
     return Section("provenance", "Provenance", (table_of("provenance", "How the runs were made", columns, rows),))
 
 
-def _facts(run: RunData) -> dict[str, Value]:
+def _facts(run: RunData) -> dict[str, str]:
     made, progress = run.provenance, run.progress
     environments = made["worker_environments"] or []
     packages: dict[str, set[str]] = defaultdict(set)
@@ -477,7 +479,7 @@ def _facts(run: RunData) -> dict[str, Value]:
             packages[name.lower()].add(version)
     frozen = made["definition"] or {}
     code = frozen.get("code") or {}
-    facts: dict[str, Value] = {
+    facts: dict[str, Any] = {
         "run": run.name,
         "run id": str(run.run_id),
         "experiment": made["experiment"],
@@ -501,4 +503,4 @@ def _facts(run: RunData) -> dict[str, Value]:
         "platform": ", ".join(sorted({str(each.get("platform")) for each in environments if each.get("platform")})),
         "packages": ", ".join(f"{name} {'/'.join(sorted(packages[name]))}" for name in _PACKAGES if name in packages),
     }
-    return {name: value for name, value in facts.items() if value is not None and value != ""}
+    return {name: str(value) for name, value in facts.items() if value}
