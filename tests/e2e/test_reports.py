@@ -1,0 +1,242 @@
+"""Reports of real runs: every number is the database's, texts of models do nothing, and archives give the same numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+import study
+import world
+from command_line import CommandLine
+
+EVIL = r"<script>alert(1)</script>|$x$ \input{/etc/passwd} `=cmd()`"
+
+
+class Lab:
+    """A database with two finished runs of the study, and the reports made of them."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url, self.folder = url, folder
+        self.cli = CommandLine(url)
+        with psycopg.connect(url, autocommit=True) as db:
+            names = study.add_cases(db, 12)
+            db.execute("update pgharness.cases set name = %s where name = 'visit 12'", (EVIL,))
+            names[-1] = EVIL
+            self.run = study.start(db, "study", cases=names)
+            combinations = (*study.COMBINATIONS[:2], (EVIL, "study/twin"))
+            self.other = study.start(db, "again", cases=names, combinations=combinations, seed=7)
+        self.cli.work()
+
+    def report(self, *arguments: str) -> dict[str, Any]:
+        """Make a report and return what its JSON holds."""
+        out = self.folder / f"report{len(list(self.folder.iterdir()))}"
+        self.cli.call("report", *arguments, "--format", "json", "--out", str(out))
+        read: dict[str, Any] = json.loads((out / "report.json").read_text())
+        return read
+
+
+@pytest.fixture(scope="module")
+def lab(server_url: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with world.cloned(server_url, template) as url:
+        yield Lab(url, tmp_path_factory.mktemp("reports"))
+
+
+def tables(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        block["key"]: block["rows"]
+        for section in report["sections"]
+        for block in section["blocks"]
+        if block["type"] == "table"
+    }
+
+
+def queried(lab: Lab, query: str, *values: object) -> list[tuple[Any, ...]]:
+    with psycopg.connect(lab.url) as db:
+        return [
+            tuple(float(v) if type(v).__name__ == "Decimal" else v for v in row)
+            for row in db.execute(query.encode(), values or None).fetchall()
+        ]
+
+
+def equal(found: list[tuple[Any, ...]], expected: list[tuple[Any, ...]], tolerance: float = 1e-9) -> None:
+    """Assert that rows are those expected, numbers within a tolerance."""
+    assert len(found) == len(expected)
+    for one, two in zip(found, expected, strict=True):
+        for a, b in zip(one, two, strict=True):
+            if isinstance(a, float) and b is not None:
+                assert math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance), (one, two)
+            else:
+                assert a == b, (one, two)
+
+
+_CASE_SCORES = """
+with note as (
+    select n.run_id, n.combination_number, n.case_number, n.ordinal, avg(g.score / g.max_score)::double precision as score
+      from pgharness.notes as n join pgharness.grades as g on g.run_id = n.run_id and g.note_ordinal = n.ordinal
+     where n.run_id = %s group by n.run_id, n.combination_number, n.case_number, n.ordinal
+), scored as (
+    select c.number, c.name, note.case_number, avg(note.score) as score
+      from note join pgharness.run_combinations as c on c.run_id = note.run_id and c.number = note.combination_number
+     group by c.number, c.name, note.case_number
+)
+"""
+
+
+def test_every_number_of_the_results_is_the_databases(lab: Lab) -> None:
+    read = tables(lab.report("study/1"))
+    keys = ("combination", "mean", "standard_error", "cases", "notes", "grades")
+    expected = queried(
+        lab,
+        _CASE_SCORES
+        + "select s.name, avg(s.score), stddev_samp(s.score) / sqrt(count(*)), count(*), t.notes, t.grades from scored as s"
+        " join (select n.combination_number, count(distinct n.ordinal) as notes, count(*) as grades from pgharness.notes as n"
+        " join pgharness.grades as g on g.run_id = n.run_id and g.note_ordinal = n.ordinal where n.run_id = %s group by 1) as t"
+        " on t.combination_number = s.number group by s.number, s.name, t.notes, t.grades order by s.number",
+        lab.run,
+        lab.run,
+    )
+    equal([tuple(row[key] for key in keys) for row in read["results"]], expected)
+    for row in read["results"]:  # t(11) at 97.5%
+        assert math.isclose(row["high"] - row["mean"], 2.200985160082949 * row["standard_error"], rel_tol=1e-9)
+        assert math.isclose(row["mean"] - row["low"], row["high"] - row["mean"], rel_tol=1e-9)
+    pairs = queried(
+        lab,
+        _CASE_SCORES
+        + "select a.name, b.name, avg(a.score - b.score), stddev_samp(a.score - b.score) / sqrt(count(*)), count(*)"
+        " from scored as a join scored as b on b.case_number = a.case_number and b.number > a.number"
+        " group by a.number, a.name, b.number, b.name order by a.number, b.number",
+        lab.run,
+    )
+    equal(
+        [tuple(row[k] for k in ("first", "second", "difference", "standard_error", "cases")) for row in read["pairs"]],
+        pairs,
+    )
+
+
+def test_every_number_of_costs_and_failures_is_the_databases(lab: Lab) -> None:
+    read = tables(lab.report("study/1"))
+    equal(
+        [tuple(row[k] for k in ("call_count", "input_tokens", "output_tokens", "cost_usd")) for row in read["costs"]],
+        queried(
+            lab,
+            "select count(*), sum(input_tokens), sum(output_tokens), sum(cost_usd) from pgharness.calls where run_id = %s",
+            lab.run,
+        ),
+    )
+    equal(
+        [
+            tuple(row[k] for k in ("kind", "model", "call_count", "calls_failed", "cost_usd"))
+            for row in read["models_performance"]
+        ],
+        queried(
+            lab,
+            "select c.kind, m.name, count(*), count(*) filter (where c.outcome <> 'succeeded'), sum(c.cost_usd) from pgharness.calls as c"
+            " join pgharness.models as m on m.id = c.model_id where c.run_id = %s group by c.kind, m.name order by 1, 2",
+            lab.run,
+        ),
+    )
+    for row, query in (
+        ("notes", "select note_count from pgharness.runs where id = %s"),
+        (
+            "notes_failed",
+            "select count(*) from pgharness.failures where run_id = %s and kind = 'note' and status = 'failed'",
+        ),
+        (
+            "grades_failed",
+            "select count(*) from pgharness.failures where run_id = %s and kind = 'grade' and status = 'failed'",
+        ),
+    ):
+        assert [(read["completeness"][0][row],)] == queried(lab, query, lab.run)
+
+
+def test_the_planted_difference_is_found_and_no_other(lab: Lab) -> None:
+    report = lab.report("study/1")
+    verdicts = {(row["first"], row["second"]): row["verdict"] for row in tables(report)["pairs"]}
+    assert verdicts == {
+        ("careful", "hasty"): "careful scores higher",
+        ("careful", "twin"): "no difference shown",
+        ("hasty", "twin"): "twin scores higher",
+    }
+    told = " ".join(report["summary"])
+    assert (
+        "2 of 3 comparisons are statistically significant" in told and "For the others no difference was shown" in told
+    )
+    assert "careful scores higher than hasty (+0." in told and "twin scores higher than hasty (+0." in told
+
+
+def test_where_nothing_is_found_the_word_is_not_there(lab: Lab) -> None:
+    with psycopg.connect(lab.url, autocommit=True) as db:
+        names = [name for (name,) in db.execute("select name from pgharness.cases order by id").fetchall()]
+        study.start(
+            db, "same", cases=names, combinations=(study.COMBINATIONS[0], study.COMBINATIONS[2]), grade_replications=1
+        )
+    lab.cli.work()
+    out = lab.folder / "same"
+    lab.cli.call("report", "same/1", "--format", "html,md,latex,json", "--out", str(out))
+    for name in ("report.html", "report.md", "report.tex", "report.json"):
+        assert "significant" not in (out / name).read_text(), name
+    text = (out / "report.md").read_text()
+    assert "did not show a difference at alpha = 0.05; that is not evidence that there is none." in text
+    assert "grader's own noise was not measured" in text and "so the comparisons are exploratory" in text
+
+
+def test_all_formats_of_hostile_names_can_be_used(lab: Lab) -> None:
+    out = lab.folder / "all"
+    lab.cli.call("report", "again/1", "--format", "html,md,latex,ipynb,json,csv", "--out", str(out))
+    page = (out / "report.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;|$x$" in page
+    assert r"\input{/etc" not in (out / "report.tex").read_text()
+    assert "<script>" not in (out / "report.md").read_text()
+    assert (out / "tables" / "results.csv").read_text().startswith("combination,mean,low,high,")
+    assert {path.suffix for path in (out / "figures").iterdir()} == {".svg", ".pdf"}
+    if shutil.which("pdflatex"):
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "report.tex"]
+        done = subprocess.run(command, cwd=out, capture_output=True, text=True, errors="replace", timeout=120)
+        assert done.returncode == 0, done.stdout[-3000:]
+    again = lab.folder / "once-more"
+    lab.cli.call("report", "again/1", "--format", "html,md,latex,ipynb,json,csv", "--out", str(again))
+    assert {path.relative_to(again): path.read_bytes() for path in again.rglob("*") if path.is_file()} == {
+        path.relative_to(out): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.suffix not in (".aux", ".log", ".out") and path.name != "report.pdf"
+    }
+
+
+def test_archives_alone_give_the_same_numbers(lab: Lab, tmp_path: Path) -> None:
+    out, archives = tmp_path / "report", tmp_path / "archives"
+    lab.cli.call("report", "study/1", "again/1", "--format", "json", "--out", str(out))
+    lab.cli.call("archive", "study/1", "again/1", "--keep", "--out", str(archives))
+    files = sorted(map(str, archives.iterdir()))
+    clean = CommandLine(home=tmp_path / "clean")
+    done = clean.run("report", "--archive", *files, "--check", str(out / "report.json"), "--out", str(tmp_path / "new"))
+    assert f"all numbers of {out / 'report.json'} are reproduced" in done.out
+    assert (tmp_path / "new" / "report.html").exists() and not (tmp_path / "clean").exists()
+    then = json.loads((out / "report.json").read_text())
+    then["sections"][0]["blocks"][0]["rows"][0]["mean"] += 1e-6
+    (out / "report.json").write_text(json.dumps(then))
+    done = clean.run("report", "--archive", *files, "--check", str(out / "report.json"), status=1)
+    assert "says something else in 1 place" in done.err and "table results, row 1, mean" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("nosuch", "--out", "x"), 1, 'run "nosuch" does not exist'),
+        (("study/1",), 2, "--out"),
+        (("study/1", "--out", "x", "--format", "pdf"), 2, "'pdf' is no format"),
+        (("nosuch.zip", "--archive", "--out", "x"), 1, "nosuch.zip cannot be used"),
+        (("study/1", "--check", "nosuch.json"), 1, "nosuch.json cannot be read"),
+    ],
+)
+def test_mistakes_are_told(lab: Lab, tmp_path: Path, arguments: tuple[str, ...], status: int, said: str) -> None:
+    out = [str(tmp_path / word) if word == "x" else word for word in arguments]
+    assert said in " ".join(lab.cli.call("report", *out, status=status).err.split())
+    assert list(tmp_path.iterdir()) == []
