@@ -38,7 +38,7 @@ def gather(connection: Connection[Any], runs: Sequence[str], *, alpha: float = 0
     sections = (
         results(data),
         registered(data, alpha=alpha),
-        comparisons(found) if any(run.scores for run in data) else None,
+        comparisons(data, found) if any(run.scores for run in data) else None,
         powers(data, alpha=alpha),
         agreements(data, alpha=alpha) if any(run.scores for run in data) else None,
         outliers(data),

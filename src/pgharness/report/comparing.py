@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from psycopg import Connection
 
@@ -45,10 +47,11 @@ class Family:
     comparison: Comparison
 
 
-def families(connection: Connection, data: Sequence[RunData], *, alpha: float) -> tuple[Family, ...]:
+def families(connection: Connection[Any], data: Sequence[RunData], *, alpha: float) -> tuple[Family, ...]:
     """Return the comparisons of a report: the combinations of each run, and where there are several runs, those.
 
-    Runs are compared combination by combination where they share some, and else as a whole.
+    Runs are compared by each combination that two or more of them have with the same models; without any, as a whole if
+    each has a single combination. A mean over different combinations is compared with nothing.
     """
     found = [
         Family(f"pairs_{place}" if len(data) > 1 else "pairs", f"Combinations of run {run.name}", run.comparison)
@@ -56,38 +59,41 @@ def families(connection: Connection, data: Sequence[RunData], *, alpha: float) -
         if run.comparison and len(run.comparison.groups) > 1
     ]
     scored = [run for run in data if run.scores]
-    if len(scored) < 2:
-        return tuple(found)
-    scores = load_scores(connection, [run.run_id for run in scored])
     shared = _shared(scored)
-    for place, name in enumerate(shared, 1):
-        of_one = compare(scores.select(combinations=[name]), by="run", alpha=alpha)
-        found.append(Family(f"runs_{place}", f"Runs, of combination {name}", of_one))
-    if not shared:
-        found.append(Family("runs", "Runs, all combinations of each together", compare(scores, by="run", alpha=alpha)))
+    for place, (name, runs) in enumerate(shared, 1):
+        scores = load_scores(connection, [run.run_id for run in runs]).select(combinations=[name])
+        made = compare(scores, by="run", alpha=alpha)
+        found.append(Family(f"runs_{place}", f"Runs with combination {name}", made))
+    if not shared and len(scored) > 1 and all(len(run.combinations) == 1 for run in scored):
+        scores = load_scores(connection, [run.run_id for run in scored])
+        found.append(Family("runs", "Runs, each of one combination", compare(scores, by="run", alpha=alpha)))
     return tuple(found)
 
 
-def _shared(data: Sequence[RunData]) -> list[str]:
-    """Return the combinations that all runs have under one name and with the same models and parameters."""
-    frozen = [
-        {row["name"]: [_identity(row["generator"]), _identity(row["grader"])] for row in run.combinations}
-        for run in data
-    ]
-    return [name for name, made in frozen[0].items() if all(other.get(name) == made for other in frozen[1:])]
+def _shared(data: Sequence[RunData]) -> list[tuple[str, list[RunData]]]:
+    """Return the combinations that several runs have with the same models and parameters, with those runs."""
+    found: dict[str, tuple[str, list[RunData]]] = {}
+    for run in data:
+        for row in run.combinations:
+            made = json.dumps([row["name"], _identity(row["generator"]), _identity(row["grader"])], sort_keys=True)
+            found.setdefault(made, (row["name"], []))[1].append(run)
+    return [(name, runs) for name, runs in found.values() if len(runs) > 1]
 
 
 def _identity(model: Row | None) -> object:
     return model and [model.get(name) for name in ("name", "provider", "model", "parameters", "members")]
 
 
-def comparisons(found: Sequence[Family]) -> Section:
+def comparisons(data: Sequence[RunData], found: Sequence[Family]) -> Section:
     """A table, the sentences and a figure for each family of comparisons."""
     blocks: list[Block] = []
     for family in found:
         blocks += _family(family, is_titled=len(found) > 1)
     if not found:
         blocks.append(Paragraph("There is one group of scores, so there is nothing to compare."))
+    elif len(data) > 1 and not any(family.comparison.by == "run" for family in found):
+        text = "The runs have no combination in common with the same models and parameters, so runs are not compared."
+        blocks.append(Paragraph(text))
     return Section("comparisons", "Comparisons", tuple(blocks))
 
 

@@ -163,6 +163,8 @@ def _costs(canvas: Canvas, figure: Figure) -> None:
     costs = [row["cost"] for row in figure.rows]
     if min(costs) > 0 and max(costs) / min(costs) > 20:
         axes.set_xscale("log")
+    else:
+        axes.locator_params(axis="x", nbins=5)
     axes.margins(0.12)
     axes.grid()
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

@@ -111,10 +111,11 @@ def powers(data: Sequence[RunData], *, alpha: float) -> Section | None:
 
 def limits(data: Sequence[RunData], found: Sequence[Family], *, is_registered: bool) -> Section:
     """What the design cannot show, in plain words; every item follows from the rows."""
-    items: list[str] = []
+    told: dict[str, list[str]] = {}
     for run in data:
-        told = [*_of_sample(run), *_of_graders(run), *_of_execution(run)]
-        items += [f"Run {run.name}: {text}" if len(data) > 1 else f"{text[0].upper()}{text[1:]}" for text in told]
+        for text in (*_of_sample(run), *_of_graders(run), *_of_execution(run)):
+            told.setdefault(text, []).append(run.name)
+    items = [_about(text, names, data) for text, names in told.items()]
     tests = sum(1 for family in found for pair in family.comparison.pairs if pair.p_value is not None)
     if len(found) > 1:
         items.append(
@@ -131,6 +132,13 @@ def limits(data: Sequence[RunData], found: Sequence[Family], *, is_registered: b
             "exploratory."
         )
     return Section("limits", "Limits", (Points(tuple(items)),) if items else (Paragraph("None is known."),))
+
+
+def _about(text: str, runs: Sequence[str], data: Sequence[RunData]) -> str:
+    """Return a limit with the runs that have it, unless all have."""
+    if len(runs) == len(data):
+        return f"{text[0].upper()}{text[1:]}"
+    return f"Run {runs[0]}: {text}" if len(runs) == 1 else f"Runs {', '.join(runs)}: {text}"
 
 
 def _of_sample(run: RunData) -> list[str]:

@@ -108,7 +108,12 @@ def _letter(letter: str) -> str:
 
 def render(report: Report) -> str:
     """Return a report as a LaTeX document; its figures are files in the folder `figures`."""
-    parts = [_HEAD, rf"\title{{{escaped(report.title)}}}", rf"\author{{{escaped(report.subtitle)}}}", r"\date{}"]
+    parts = [
+        _HEAD,
+        rf"\title{{{escaped(report.title)}}}",
+        rf"\author{{\parbox{{0.9\linewidth}}{{\centering {escaped(report.subtitle)}}}}}",
+        r"\date{}",
+    ]
     parts += [r"\begin{document}", r"\maketitle", r"\begin{abstract}"]
     parts.append("\n\n".join(escaped(text) for text in report.summary))
     parts.append(r"\end{abstract}")

@@ -98,12 +98,17 @@ def _compared(found: Sequence[Family]) -> list[str]:
         told = "; ".join(map(_finding, differing[:4]))
         more = f"; and {len(differing) - 4} more" if len(differing) > 4 else ""
         texts.append(
-            f"{where}{len(differing)} of {counted(len(tested), 'comparison')} "
-            f"{'is' if len(differing) == 1 else 'are'} statistically significant at alpha = "
+            f"{where}{_of_all(len(differing), len(tested))} statistically significant at alpha = "
             f"{made.alpha:g}{corrected}: {told}{more}."
             + (" For the others no difference was shown." if len(differing) < len(tested) else "")
         )
     return [text[0].upper() + text[1:] for text in texts]
+
+
+def _of_all(found: int, tested: int) -> str:
+    if tested == 1:
+        return "the one comparison is"
+    return f"{'all' if found == tested else f'{found} of'} {tested} comparisons are"
 
 
 def _finding(pair: PairComparison) -> str:
