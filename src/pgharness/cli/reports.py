@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from psycopg import Connection
@@ -14,7 +14,11 @@ from rich.text import Text
 
 from pgharness import database, schema
 from pgharness.cli.session import Session, session_of, stderr, stdout
-from pgharness.errors import HarnessError
+from pgharness.errors import HarnessError, NotFound, WrongState
+
+if TYPE_CHECKING:
+    from pgharness.report.files import Earlier, File
+    from pgharness.report.model import Report
 
 _SHOWN = 20
 
@@ -26,8 +30,9 @@ def add_to(app: typer.Typer) -> None:
 def report(
     context: typer.Context,
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN", help="Names or ids of runs, which are compared; files with --archive.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="RUN", help="Names or ids of runs, which are compared; files with --archive."),
+    ] = None,
     formats: Annotated[
         str, typer.Option("--format", metavar="LIST", help="Of html, md, latex, ipynb, json, csv, with commas between.")
     ] = "html,md",
@@ -40,41 +45,82 @@ def report(
         Path | None,
         typer.Option(metavar="FILE", help="Compare with an earlier report's report.json; exit 1 if not equal."),
     ] = None,
+    fetch: Annotated[
+        int | None, typer.Option(metavar="ID", help="Write the files of a report that request_report() asked for.")
+    ] = None,
     alpha: Annotated[
         float | None, typer.Option(min=0.0001, max=0.5, help="Level of tests, 0.05; intervals are of 1 - alpha.")
     ] = None,
 ) -> None:
     """Write a report on runs: scores with intervals, comparisons, costs, failures, limits, how it was made.
 
-    Examples: pgharness report triage-v2/1 --out report; pgharness report --archive run.zip --check report/report.json
+    Examples: pgharness report triage-v2/1 --out report; pgharness report --archive run.zip --check report/report.json;
+    pgharness report --fetch 3 --out report
     """
-    if out is None and check is None:
+    if bool(runs) == (fetch is not None):
+        raise typer.BadParameter("give either runs, or --fetch.", param_hint="RUN")
+    if out is None and (check is None or fetch is not None):
         raise typer.BadParameter("say in which folder the files shall be.", param_hint="--out")
-    from pgharness import report as reports  # numpy and scipy take a second
+    from pgharness.report.files import FORMATS, files_of, read_earlier, write
+    from pgharness.report.gathering import gather  # numpy and scipy take a second
 
+    if fetch is not None:
+        assert out is not None
+        _print_paths(write(_fetched(session_of(context), fetch), out, force=force))
+        return
+    assert runs
     chosen = [name.strip() for name in formats.split(",") if name.strip()]
-    unknown = [name for name in chosen if name not in reports.FORMATS]
+    unknown = [name for name in chosen if name not in FORMATS]
     if unknown or not chosen:
         named = f"{unknown[0]!r} is no format; it" if unknown else "it"
-        raise typer.BadParameter(f"{named} is of {', '.join(reports.FORMATS)}.", param_hint="--format")
-    earlier = reports.read_earlier(check) if check is not None else None
+        raise typer.BadParameter(f"{named} is of {', '.join(FORMATS)}.", param_hint="--format")
+    earlier = read_earlier(check) if check is not None else None
     with stderr.status("computing"), _source(session_of(context), runs if archive else None) as (connection, adopted):
         names = earlier.ordered(adopted or runs) if earlier else adopted or runs
-        made = reports.gather(connection, names, alpha=alpha or (earlier.alpha if earlier else 0.05))
-        files = reports.files_of(made, chosen) if out is not None else []
+        made = gather(connection, names, alpha=alpha or (earlier.alpha if earlier else 0.05))
+        files = files_of(made, chosen) if out is not None else []
     if out is not None:
-        for path in reports.write(files, out, force=force):
-            stdout.print(Text(str(path)), soft_wrap=True)
+        _print_paths(write(files, out, force=force))
     if earlier is not None:
-        found = earlier.differences(made)
-        if found:
-            more = [f"... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-            raise HarnessError(
-                f"{check} says something else in {len(found)} places",
-                detail="\n".join([*found[:_SHOWN], *more]),
-                hint="Was it made of the same runs, with the same --alpha, by the same version of pgharness?",
+        _check(earlier, made)
+
+
+def _check(earlier: Earlier, made: Report) -> None:
+    """Say that an earlier report is reproduced; raise HarnessError where it is not."""
+    found = earlier.differences(made)
+    if found:
+        more = [f"... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        raise HarnessError(
+            f"{earlier.path} says something else in {len(found)} {'place' if len(found) == 1 else 'places'}",
+            detail="\n".join([*found[:_SHOWN], *more]),
+            hint="Was it made of the same runs, with the same --alpha, by the same version of pgharness?",
+        )
+    stdout.print(Text(f"all numbers of {earlier.path} are reproduced"), soft_wrap=True)
+
+
+def _print_paths(paths: Iterable[Path]) -> None:
+    for path in paths:
+        stdout.print(Text(str(path)), soft_wrap=True)
+
+
+def _fetched(session: Session, report_id: int) -> list[File]:
+    """Return the files of a report that a worker made. Raises NotFound, and WrongState for one that is not made."""
+    from pgharness.report.files import File
+
+    with session.connection() as connection:
+        found = database.rows(connection, "reports", id=report_id)
+        if not found:
+            raise NotFound(
+                f"report {report_id} does not exist", hint="Ask for one: select pgharness.request_report('RUN');"
             )
-        stdout.print(Text(f"all numbers of {check} are reproduced"), soft_wrap=True)
+        if found[0]["status"] != "succeeded":
+            error = f": {found[0]['error']}" if found[0]["error"] else ""
+            raise WrongState(
+                f"report {report_id} is {found[0]['status']}{error}",
+                hint=found[0]["hint"] or "Workers make reports: pgharness worker",
+            )
+        rows = database.rows(connection, "report_files", report_id=report_id, order="path")
+    return [File(row["path"], row["media_type"], row["content"]) for row in rows]
 
 
 @contextmanager

@@ -146,8 +146,8 @@ def _of_sample(run: RunData) -> list[str]:
     cases = max((group.cases for group in run.comparison.groups), default=0) if run.comparison else 0
     if 0 < cases < _FEW_CASES:
         items.append(
-            f"there are {counted(cases, 'scored case')}: intervals lean on the cases' being roughly normal, and small "
-            "differences stay unseen."
+            f"only {counted(cases, 'case')} {'has' if cases == 1 else 'have'} a score: intervals lean on the cases' "
+            "being roughly normal, and small differences stay unseen."
         )
     if cases:
         items.append(
@@ -209,12 +209,11 @@ def _of_execution(run: RunData) -> list[str]:
         reason = f" ({row['reason']})" if row["reason"] else ""
         items.append(f"the run is {row['status']}{reason}, so it is not whole.")
     failed = row["notes_failed"] + row["grades_failed"]
-    if failed or missing(run):
-        items.append(
-            f"{counted(failed, 'item')} failed for good and {counted(missing(run), 'item')} "
-            f"{'is' if missing(run) == 1 else 'are'} "
-            "undecided: what is missing may not be missing at random."
-        )
+    open_ = missing(run)
+    if failed or open_:
+        told = [f"{counted(failed, 'item')} failed for good"] if failed else []
+        told += [f"{counted(open_, 'item')} {'is' if open_ == 1 else 'are'} undecided"] if open_ else []
+        items.append(f"{' and '.join(told)}: what is missing may not be missing at random.")
     if row["status"] == "completed" and run.provenance["response_cache"] not in (None, "off"):
         items.append(
             f"answers may come from the response cache ({run.provenance['response_cache']}), so they are not "
@@ -223,7 +222,7 @@ def _of_execution(run: RunData) -> list[str]:
         )
     if any("(dirty)" in commit for commit in run.provenance["worker_git_commits"] or []):
         items.append("workers ran in a working directory with changes that were not committed.")
-    if run.provenance["definition"].get("imported") or not run.provenance["worker_versions"]:
+    if row["notes_succeeded"] and not run.provenance["worker_versions"]:
         items.append("no worker of this harness is on record for the run, so its software versions are unknown.")
     items += [f"a budget of {shown(row['budget_usd'], 'usd')} USD applied."] if row["budget_usd"] else []
     return items

@@ -18,12 +18,13 @@ _SETUP = '''\
 """Everything below is made from `report`: change it, plot it, compute with it; no database and no network is needed."""
 
 import html
+import io
 import json
 
 try:
-    from IPython.display import HTML, display
+    from IPython.display import HTML, Image, display
 except ImportError:
-    HTML = display = None
+    HTML = Image = display = None
 try:
     from matplotlib.figure import Figure
 except ImportError:
@@ -90,7 +91,9 @@ def figure(key):
         axes.invert_yaxis() if found["kind"] != "distributions" else None
     axes.set_xlabel(found["axis"])
     if display is not None:
-        display(canvas)
+        drawn = io.BytesIO()
+        canvas.savefig(drawn, format="png", dpi=110)
+        display(Image(drawn.getvalue()))
 '''
 
 

@@ -113,12 +113,15 @@ def results(data: Sequence[RunData]) -> Section:
     rows = estimates(data)
     if rows:
         level = next(f"{100 * (1 - run.comparison.alpha):g}%" for run in data if run.comparison)
-        notes = (
+        notes: tuple[str, ...] = (
             "Scores are shares of the highest possible score, 0 to 1. A case counts once, however many notes it "
             "has; standard "
             f"errors count cases, and the {level} intervals use Student's t. They are not cut off at 0 or 1.",
             "Whether two intervals overlap says little about a difference: see Comparisons.",
         )
+        lacking = [label(data, run, name) for run, name in _without_scores(data)]
+        if lacking:
+            notes = (f"Without a score: {', '.join(lacking)}.", *notes)
         columns = (*run_column(data), *_SCORES)
         blocks.append(table_of("results", f"Mean scores with {level} confidence intervals", columns, rows, notes))
         blocks.append(_intervals(rows, level))
@@ -132,6 +135,13 @@ def results(data: Sequence[RunData]) -> Section:
             table_of("recorded_results", "Results that the code recorded, the latest of each key", columns, rows)
         )
     return Section("results", "Results", tuple(blocks) or (Paragraph("The runs recorded no results."),))
+
+
+def _without_scores(data: Sequence[RunData]) -> list[tuple[str, str]]:
+    """Return the runs and combinations that have no score."""
+    scored = case_means(data)
+    named = [(run.name, row["name"]) for run in data for row in run.combinations]
+    return [each for each in named if each not in scored]
 
 
 def _intervals(rows: Sequence[Row], level: str) -> Figure:

@@ -18,10 +18,9 @@ from typing import Any
 import nbformat
 import pytest
 
-from pgharness import report
 from pgharness.errors import Conflict, HarnessError, InvalidArgument
 from pgharness.report import figures, latex, markdown
-from pgharness.report.files import csv_of
+from pgharness.report.files import FORMATS, csv_of, files_of, read_earlier, write
 from pgharness.report.model import (
     Column,
     Figure,
@@ -118,7 +117,7 @@ def whole() -> Report:
 
 
 def text_of(made: Report, name: str) -> str:
-    return report.files_of(made, [name])[0].content.decode()
+    return files_of(made, [name])[0].content.decode()
 
 
 # -- values
@@ -257,7 +256,7 @@ def test_latex_has_no_command_that_is_not_ours(text: str) -> None:
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
 def test_latex_compiles_whatever_the_texts(whole: Report, tmp_path: Path) -> None:
-    report.write(report.files_of(whole, ["latex"]), tmp_path)
+    write(files_of(whole, ["latex"]), tmp_path)
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "report.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=120)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -307,15 +306,15 @@ def test_a_label_in_a_figure_is_short_and_can_be_drawn() -> None:
 def test_every_format_gives_the_same_bytes_again_and_warns_of_nothing(whole: Report) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert report.files_of(whole, report.FORMATS) == report.files_of(whole, report.FORMATS)
+        assert files_of(whole, FORMATS) == files_of(whole, FORMATS)
 
 
 # -- files
 
 
 def test_files_are_not_overwritten_unless_asked(tmp_path: Path) -> None:
-    made = report.files_of(report_of("plain"), ["md", "csv"])
-    paths = report.write(made, tmp_path / "new")
+    made = files_of(report_of("plain"), ["md", "csv"])
+    paths = write(made, tmp_path / "new")
     assert [path.relative_to(tmp_path / "new").as_posix() for path in paths] == [
         "report.md",
         "figures/f.svg",
@@ -323,27 +322,27 @@ def test_files_are_not_overwritten_unless_asked(tmp_path: Path) -> None:
     ]
     paths[0].write_text("mine")
     with pytest.raises(Conflict, match="exists already, and 2 more"):
-        report.write(made, tmp_path / "new")
+        write(made, tmp_path / "new")
     assert paths[0].read_text() == "mine"
-    report.write(made, tmp_path / "new", force=True)
+    write(made, tmp_path / "new", force=True)
     assert paths[0].read_bytes() == made[0].content
     with pytest.raises(HarnessError, match="cannot be written"):
-        report.write(made, paths[0])
+        write(made, paths[0])
 
 
 def test_a_format_that_there_is_not_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="no format 'pdf'"):
-        report.files_of(report_of("plain"), ["pdf"])
+        files_of(report_of("plain"), ["pdf"])
 
 
 def test_an_earlier_report_is_compared_number_by_number(tmp_path: Path) -> None:
     made = report_of("plain")
-    (path,) = report.write(report.files_of(made, ["json"]), tmp_path)
-    earlier = report.read_earlier(path)
+    (path,) = write(files_of(made, ["json"]), tmp_path)
+    earlier = read_earlier(path)
     assert earlier.differences(made) == [] and earlier.ordered(["plain"]) == ["plain"]
     moved = replace(made.table("t"), rows=(("plain", 0.5 + 1e-12, "plain"), ("plain", 0.1, "")))
     other = replace(made, sections=(Section("s", "s", (*made.sections[0].blocks[:-1], moved)),))
     assert earlier.differences(other) == ["table t, row 2, mean: None in the file, 0.1 now"]
     path.write_text("{}")
     with pytest.raises(HarnessError, match="is not a report in JSON"):
-        report.read_earlier(path)
+        read_earlier(path)
