@@ -32,7 +32,8 @@ begin
         pgharness._note_scores(bigint), pgharness._author_pairs(bigint), pgharness._replication_spread(bigint), pgharness._call_sums(bigint),
         pgharness._call_totals(bigint), pgharness._call_latencies(bigint), pgharness._call_savings(bigint), pgharness._open_blocks(bigint, text),
         pgharness.recent_latencies(bigint[], bigint[]), pgharness._hedging_latencies(bigint, bigint, text, bigint),
-        pgharness.score_plan(bigint), pgharness._check_id(text, bigint, text) to pgharness_reader, pgharness_worker;
+        pgharness.score_plan(bigint), pgharness._check_id(text, bigint, text), pgharness.analysis_digest(bigint[]), pgharness._student_t(bigint),
+        pgharness._case_scores(bigint), pgharness.paired_run_differences(text, text), pgharness._run_id(text), pgharness._refuse_unknown(text, text, text[], text) to pgharness_reader, pgharness_worker;
 
     -- defining and starting: inputs are written by insert; runs by insert or through functions that hold the privilege
     grant insert, update, delete on pgharness.model_prices, pgharness.projects, pgharness.experiments, pgharness.datasets, pgharness.cases, pgharness.rubrics,
@@ -61,7 +62,8 @@ begin
         pgharness.serve_experiments(bigint, text[]), pgharness.load_model(text), pgharness.join_queue(bigint), pgharness.end_slice(bigint),
         pgharness.next_batch(bigint, text[], bigint[]), pgharness.load_batch(bigint, bigint, integer, bigint[]), pgharness.split_batch(bigint, bigint, bigint),
         pgharness.begin_submission(bigint, bigint, integer, text), pgharness.record_submission(bigint, bigint, text, boolean), pgharness.forget_submission(bigint, bigint, text),
-        pgharness.record_poll(bigint, bigint, boolean, text[], boolean), pgharness.finish_batch(bigint, bigint, text, boolean), pgharness.release_batch(bigint, bigint, text, double precision)
+        pgharness.record_poll(bigint, bigint, boolean, text[], boolean), pgharness.finish_batch(bigint, bigint, text, boolean), pgharness.release_batch(bigint, bigint, text, double precision),
+        pgharness.take_analysis(bigint, bigint), pgharness.finish_analysis(bigint, bigint, text, jsonb, jsonb), pgharness.fail_analysis(bigint, bigint, text, text)
         from pgharness_author;
 
     -- archiving deletes what the harness wrote: for the owner, as deleting a run is
@@ -91,6 +93,7 @@ begin
         pgharness.next_batch(bigint, text[], bigint[]), pgharness.load_batch(bigint, bigint, integer, bigint[]), pgharness.split_batch(bigint, bigint, bigint),
         pgharness.begin_submission(bigint, bigint, integer, text), pgharness.record_submission(bigint, bigint, text, boolean), pgharness.forget_submission(bigint, bigint, text),
         pgharness.record_poll(bigint, bigint, boolean, text[], boolean), pgharness.finish_batch(bigint, bigint, text, boolean), pgharness.release_batch(bigint, bigint, text, double precision),
+        pgharness.take_analysis(bigint, bigint), pgharness.finish_analysis(bigint, bigint, text, jsonb, jsonb), pgharness.fail_analysis(bigint, bigint, text, text),
         pgharness.register_experiment(text, text, text, text, text, text, jsonb, double precision, integer, integer, text, boolean, text, boolean),
         pgharness.log(bigint, text, text, jsonb), pgharness.record_result(bigint, text, jsonb)
         to pgharness_worker;

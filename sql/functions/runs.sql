@@ -120,7 +120,7 @@ begin
                    'grade_system', coalesce(v_instance.grade_system_prompt, v_experiment.grade_system_prompt),
                    'grade', coalesce(v_instance.grade_prompt, v_experiment.grade_prompt)),
                'cases_digest', (select encode(sha256(convert_to(string_agg(rc.digest, E'\n' order by rc.number), 'UTF8')), 'hex')
-                                  from run_cases as rc where rc.run_id = _freeze_instance.run_id)),
+                                  from run_cases as rc where rc.run_id = _freeze_instance.run_id)) || _registered_plan(v_instance.id),
            v_cases, count(*), v_instance.cycle_transcript_overlaps, greatest(max(c.grades_per_note), 1)
       from run_combinations as c where c.run_id = _freeze_instance.run_id;
     perform _freeze_rubrics(_freeze_instance.run_id, v_instance.name, v_instance.rubrics_per_case);

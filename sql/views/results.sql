@@ -159,13 +159,7 @@ select r.id as run_id, r.name as run, s.combination, s.case_count, s.note_count,
                    then sqrt(count(x.total) / (count(x.total) - 1.0)::double precision * sum((x.total - x.scored_count * x.mean) ^ 2)) / sum(x.scored_count) end as standard_error,
               sqrt(sum(x.squares) / nullif(sum(x.freedom), 0)::double precision) as replication_sd, min(x.lowest) as min_score, max(x.highest) as max_score
          from cluster as x group by x.number, x.name) as s
- cross join lateral (
-       -- the 97.5% quantile of Student's t: from the table up to 10 degrees of freedom, then by the Cornish-Fisher expansion (within 0.00001)
-       select case when s.case_count between 2 and 11
-                   then ('{12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139}'::double precision[])[s.case_count - 1]
-                   when s.case_count > 11
-                   then 1.9599640 + 2.3722712 / (s.case_count - 1) + 2.8224986 / (s.case_count - 1) ^ 2 + 2.5558497 / (s.case_count - 1) ^ 3 + 1.5895341 / (s.case_count - 1) ^ 4
-              end as t) as quantile;
+ cross join lateral (select pgharness._student_t(s.case_count - 1) as t) as quantile;
 comment on view pgharness.combination_scores is
 'One row per run and combination: the mean score of its notes (each the mean of its grades, as shares of the highest possible, 0..1) with a standard error clustered by case. Notes of one case are alike, so cases are what is sampled: with G cases, N scored notes y and their mean m, SE = sqrt(G / (G - 1) * sum over cases of (sum over the case''s notes of (y - m))^2) / N, the CR1 cluster-robust variance of a mean (Liang and Zeger 1986; Cameron and Miller 2015), and the 95% interval is m -+ t(G - 1) * SE. Example: select combination, mean_score, standard_error from pgharness.combination_scores where run_id = 1;';
 comment on column pgharness.combination_scores.case_count is 'Cases with a scored note: the clusters, G.';

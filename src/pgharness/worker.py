@@ -29,6 +29,7 @@ from typing import get_args
 import uvloop
 
 from pgharness import __version__, database, hooks, plugins, schema
+from pgharness.analysis import Analyses
 from pgharness.database import TRANSIENT, Database
 from pgharness.environment import environment
 from pgharness.errors import HarnessError, LeaseLost, SchemaOutOfDate
@@ -98,13 +99,17 @@ async def run_process(options: WorkerOptions, *, parent_pid: int, pulse: c_doubl
         loop.add_signal_handler(signal.SIGINT, process.on_interrupt)
         loop.add_signal_handler(_ABORT, process.abort)
         pulsing = asyncio.create_task(_show_pulse(pulse))
-        batching = asyncio.create_task(_move_batches(options, pool, gateway, worker_id))
+        beside = [
+            asyncio.create_task(_move_batches(options, pool, gateway, worker_id)),
+            asyncio.create_task(Analyses(pool, worker_id=worker_id).run()),
+        ]
         try:
             await process.run(options.queues)
         finally:
             pulsing.cancel()
-            batching.cancel()
-            await asyncio.gather(batching, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
             pulse.value = 0  # what is left may wait for the database
             await engine.close()
             await gateway.aclose()

@@ -67,6 +67,10 @@ SECURITY_DEFINERS = {
     "workers make the code that they have known, and may define nothing else": "register_experiment",
     "authors may delete what the response cache keeps, and change none of it": "purge_responses",
     "who writes a composite writes who its members are": "_link_members",
+    "authors ask for analyses, and store plans of them, and write nothing of what is found": (
+        "request_analysis preregister _announce_analysis"
+    ),
+    "workers make analyses, whose rows they may not write": "take_analysis finish_analysis fail_analysis",
 }
 # Functions without a pinned search path: a pin would keep Postgres from inlining them, and they name no object.
 INLINED = {
@@ -80,10 +84,11 @@ INLINED = {
     "_cost_usd",
     "_call_cost",
     "_token_cost",
+    "_student_t",
 }
 TYPES = {
     *("bigint", "integer", "double precision", "numeric", "boolean", "text", "jsonb", "timestamp with time zone"),
-    *("text[]", "integer[]", "bytea", "uuid", "run_definitions", "run_combinations"),
+    *("text[]", "integer[]", "bigint[]", "bytea", "uuid", "run_definitions", "run_combinations"),
 }
 
 

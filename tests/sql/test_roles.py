@@ -54,6 +54,8 @@ WRITTEN = [
     "progress_reports",
     "tellers",
     "schema_migrations",
+    "analyses",
+    "preregistrations",
 ]
 DEFINED = [
     "projects",

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 from psycopg import Connection
 
 from pgharness import __version__, stats
-from pgharness.analysis.agreement import agreement
 from pgharness.analysis.comparison import compare
+from pgharness.analysis.graders import agreement
 from pgharness.analysis.planning import power
 from pgharness.analysis.scores import Scores, load_scores
-from pgharness.analysis.sweep import sweep
+from pgharness.analysis.trends import sweep
 from pgharness.errors import InvalidArgument
 
 SELECTING = ("combinations", "cases", "authors")

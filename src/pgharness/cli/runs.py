@@ -541,6 +541,10 @@ def _nothing_runs(url: str) -> Callable[[], bool]:
         try:
             with database.connect(url) as connection:
                 is_running = bool(database.rows(connection, "runs", status="running", limit=1))
+                if any(
+                    database.rows(connection, "analyses", status=status, limit=1) for status in ("pending", "running")
+                ):
+                    return False
                 # what a vendor has of a run that was cancelled costs money until it is cancelled there
                 return not is_running and not database.rows(connection, "batches_progress", is_open=True, limit=1)
         except (HarnessError, *TRANSIENT):

@@ -120,16 +120,10 @@ def matrix(
     With nan="omit" a subject goes when any of its values is missing. Raises InvalidSample for other shapes, and as
     `sample` does.
     """
-    try:
-        rows = [_numbers(row, f"row {number} of {name}") for number, row in enumerate(_rows(values), start=1)]
-    except TypeError:
-        raise InvalidSample(
-            f"{name} must be a table: one row for each subject, one column for each condition"
-        ) from None
-    widths = {len(row) for row in rows}
-    if len(widths) > 1:
-        raise InvalidSample(f"the rows of {name} have unequal lengths {sorted(widths)}: one value for each condition")
-    table = np.array(rows, dtype=np.float64).reshape(len(rows), widths.pop() if widths else 0)
+    if isinstance(values, np.ndarray) and values.ndim == 2 and values.dtype.kind == "f" and not np.isinf(values).any():
+        table = values.astype(np.float64)
+    else:
+        table = _table(values, name)
     missing = np.isnan(table).any(axis=1)
     if missing.any():
         _refuse_nan(nan, f"{name}: {_count(int(missing.sum()), 'subject')} of {len(table)} has missing values")
@@ -316,6 +310,19 @@ def _columns(records: object, wanted: list[str]) -> dict[str, list[Any]]:
         if lacking:
             raise InvalidSample(f"row {number} has no column {lacking[0]!r}; it has {', '.join(map(str, row))}")
     return {column: [row[column] for row in rows] for column in wanted}
+
+
+def _table(values: object, name: str) -> FloatArray:
+    try:
+        rows = [_numbers(row, f"row {number} of {name}") for number, row in enumerate(_rows(values), start=1)]
+    except TypeError:
+        raise InvalidSample(
+            f"{name} must be a table: one row for each subject, one column for each condition"
+        ) from None
+    widths = {len(row) for row in rows}
+    if len(widths) > 1:
+        raise InvalidSample(f"the rows of {name} have unequal lengths {sorted(widths)}: one value for each condition")
+    return np.array(rows, dtype=np.float64).reshape(len(rows), widths.pop() if widths else 0)
 
 
 def _rows(values: object) -> Iterable[Any]:

@@ -1,0 +1,153 @@
+"""The command around analyses: ask for one, wait for it, print what was found."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+from psycopg import Connection
+from rich.text import Text
+
+from pgharness import database
+from pgharness.analysis import make_here
+from pgharness.cli.session import print_json, session_of, stderr, stdout, table
+from pgharness.database import Row
+
+EXIT_FAILED = 1
+_REFRESH_SECONDS = 0.3
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(analyse)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, is_given, value = text.partition("=")
+    if not is_given or not name.strip():
+        raise typer.BadParameter(f"{text!r} is not OPTION=VALUE.")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value
+
+
+def analyse(
+    context: typer.Context,
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="compare, ablation, sweep, agreement or power.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs' names or ids.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="OPTION=VALUE", help="An option of the analysis; again for more."),
+    ] = None,
+    anew: Annotated[bool, typer.Option("--anew", help="Make it again even if nothing changed.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Leave it to a worker.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare what runs found, with errors clustered by case: by a worker, or here if none runs.
+
+    Example: pgharness analyse compare demo/1 --set alpha=0.01
+    """
+    given = dict(_option(text) for text in options or [])
+    for name in ("combinations", "cases", "authors"):
+        if isinstance(given.get(name), str):
+            given[name] = [given[name]]
+    session = session_of(context)
+    with session.connection() as connection:
+        row = database.call(connection, "request_analysis", kind=kind, runs=runs, options=given, anew=anew)[0]
+        if not no_wait:
+            _wait(connection, session.url, row["id"])
+        found = database.rows(connection, "analysis_results", analysis_id=row["id"])[0]
+    if as_json:
+        print_json(found)
+    else:
+        _print(found)
+    if found["status"] == "failed":
+        if found["hint"] and not as_json:
+            stderr.print(found["hint"], markup=False, highlight=False)
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _wait(connection: Connection[Any], url: str, analysis_id: int) -> None:
+    while True:
+        row = database.rows(connection, "analyses", id=analysis_id)[0]
+        if row["status"] in ("succeeded", "failed"):
+            return
+        is_alone = not database.rows(connection, "worker_health", status="running", limit=1)
+        if not (is_alone and make_here(connection, url, analysis_id)):
+            time.sleep(_REFRESH_SECONDS)
+
+
+def _print(found: Row) -> None:
+    about = f"analysis {found['analysis_id']} ({found['kind']} of {', '.join(found['runs'])}) is {found['status']}"
+    stdout.print(Text(about + (f": {found['error']}" if found["error"] else "")))
+    result = found["result"]
+    if result is None:
+        if found["status"] == "pending":
+            stdout.print("It is made by the next worker: pgharness worker")
+        return
+    if found["kind"] in ("compare", "ablation"):
+        _print_comparison(result)
+    elif found["kind"] == "agreement":
+        rows = [
+            one | {"who": ", ".join(one["raters"]), "interval": _interval(one["interval"])}
+            for one in result["measures"]
+        ]
+        stdout.print(
+            table(rows, {"raters": "who", "measure": "name", "value": "value", "interval": "interval", "of": "units"})
+        )
+    else:
+        for one in result["trends"] if found["kind"] == "sweep" else result["pairs"]:
+            stdout.print(Text(one["sentence"]))
+    for warning in result["warnings"]:
+        stdout.print(Text(f"Note: {warning}."))
+
+
+def _print_comparison(result: Mapping[str, Any]) -> None:
+    level = f"{100 * (1 - result['alpha']):g}% interval"
+    groups = [one | {"interval": _interval(one["interval"])} for one in result["groups"]]
+    stdout.print(
+        table(
+            groups,
+            {
+                result["by"]: "name",
+                "mean": "mean",
+                "SE": "standard_error",
+                level: "interval",
+                "cases": "cases",
+                "notes": "notes",
+                "grades": "grades",
+            },
+        )
+    )
+    pairs = [one | {"interval": _interval(one["interval"])} for one in result["pairs"]]
+    if pairs:
+        stdout.print()
+        stdout.print(
+            table(
+                pairs,
+                {
+                    "first": "first",
+                    "second": "second",
+                    "difference": "difference",
+                    level: "interval",
+                    "p": "p_value",
+                    f"p ({result['correction']})": "p_corrected",
+                    "verdict": "verdict",
+                },
+            )
+        )
+    for pair in pairs:
+        stdout.print()
+        stdout.print(Text(pair["sentence"]))
+        for text in (*pair["reasons"], *pair["warnings"]):
+            stdout.print(Text(f"- {text}"))
+
+
+def _interval(interval: Mapping[str, float | None] | None) -> str:
+    if interval is None:
+        return "-"
+    low, high = (f"{end:.4f}" if end is not None else "?" for end in (interval["low"], interval["high"]))
+    return f"[{low}, {high}]"
