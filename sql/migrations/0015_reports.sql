@@ -59,3 +59,5 @@ create table pgharness.report_contents (
 comment on table pgharness.report_contents is 'One row per file of a report; read it through report_files.';
 comment on column pgharness.report_contents.path is 'Below the report''s folder: report.html, figures/estimates.svg.';
 comment on column pgharness.report_contents.digest is 'SHA-256 of the content.';
+comment on column pgharness.report_contents.media_type is 'As HTTP has it: text/html, image/svg+xml.';
+comment on column pgharness.report_contents.content is 'The file: of a text in UTF-8.';

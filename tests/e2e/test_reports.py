@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -224,6 +225,74 @@ def test_archives_alone_give_the_same_numbers(lab: Lab, tmp_path: Path) -> None:
     (out / "report.json").write_text(json.dumps(then))
     done = clean.run("report", "--archive", *files, "--check", str(out / "report.json"), status=1)
     assert "says something else in 1 place" in done.err and "table results, row 1, mean" in done.err
+
+
+def test_a_registered_plan_and_its_deviations_are_reported(lab: Lab) -> None:
+    with psycopg.connect(lab.url, autocommit=True) as db:
+        names = [name for (name,) in db.execute("select name from pgharness.cases order by id").fetchall()]
+        db.execute(study.MODELS)
+        db.execute("insert into pgharness.instances (name, experiment) values ('planned', 'note_grade')")
+        db.execute("select pgharness.add_cases('planned', names => %s)", (names,))
+        for name, generator in study.COMBINATIONS:
+            db.execute(
+                "insert into pgharness.model_combinations (instance, name, generator, grader) values ('planned', %s, %s, 'study/judge')",
+                (name, generator),
+            )
+        plan = [
+            {"first": "hasty", "second": "careful", "direction": "lower", "text": "Haste makes waste."},
+            {"first": "twin", "second": "careful", "direction": "higher"},
+        ]
+        db.execute("select pgharness.preregister('planned', %s, alpha => 0.01)", (json.dumps(plan),))
+        db.execute("update pgharness.instances set note_replications = 8 where name = 'planned'")
+        world.start(db, "planned")
+    lab.cli.work()
+    report = lab.report("planned/1")
+    rows = tables(report)["hypotheses"]
+    assert [(row["hypothesis"], row["verdict"]) for row in rows] == [
+        ("hasty scores lower than careful", "supported"),
+        ("twin scores higher than careful", "not supported"),
+    ]
+    section = next(each for each in report["sections"] if each["key"] == "preregistration")
+    deviations = " ".join(section["blocks"][-1]["items"])
+    assert "planned were 1 notes of each case, the run has 8" in deviations
+    assert "uses alpha = 0.05, planned was 0.01" in deviations and "1 further pair of combinations" in deviations
+
+
+def test_a_report_asked_for_in_sql_is_made_by_a_worker_once(lab: Lab, tmp_path: Path) -> None:
+    query = (
+        "select * from pgharness.request_report('study/1', formats => '{html,json,csv}', compared_with => '{again/1}')"
+    )
+    with psycopg.connect(lab.url, autocommit=True) as db:
+        (asked,) = world.rows(db, query)
+        assert asked["status"] == "pending" and asked["run_ids"] == [lab.run, lab.other]
+        failed = world.rows(db, "select * from pgharness.request_report(%s)", lab.run)[0]["id"]
+        db.execute("update pgharness.reports set run_ids = '{4711}' where id = %s", (failed,))
+        said = lab.cli.call("report", "--fetch", str(asked["id"]), "--out", str(tmp_path / "x"), status=1).err
+        assert f"report {asked['id']} is pending" in said and not (tmp_path / "x").exists()
+        lab.cli.work()
+        (made,) = world.rows(db, "select * from pgharness.reports where id = %s", asked["id"])
+        assert (made["status"], made["title"], made["error"]) == (
+            "succeeded",
+            "Comparison of runs study/1 and again/1",
+            None,
+        )
+        assert world.rows(db, query)[0]["id"] == asked["id"]
+        (broken,) = world.rows(db, "select status, error, hint from pgharness.reports where id = %s", failed)
+        assert broken == {
+            "status": "failed",
+            "error": 'run "4711" does not exist',
+            "hint": "List runs: pgharness status",
+        }
+        stored = world.rows(
+            db, "select path, digest, content from pgharness.report_files where report_id = %s", asked["id"]
+        )
+    out, direct = tmp_path / "fetched", tmp_path / "direct"
+    lab.cli.call("report", "--fetch", str(asked["id"]), "--out", str(out))
+    lab.cli.call("report", "study/1", "again/1", "--format", "html,json,csv", "--out", str(direct))
+    files = {path.relative_to(direct).as_posix(): path.read_bytes() for path in direct.rglob("*") if path.is_file()}
+    assert {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+    assert {row["path"]: row["content"] for row in stored} == files
+    assert all(hashlib.sha256(row["content"]).hexdigest() == row["digest"] for row in stored)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ WRITTEN = [
     "tellers",
     "schema_migrations",
     "analyses",
+    "reports",
+    "report_contents",
     "preregistrations",
 ]
 DEFINED = [

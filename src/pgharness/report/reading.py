@@ -87,7 +87,9 @@ def read(connection: Connection[Any], run: str, *, alpha: float) -> RunData:
         cost_per_correct=rows("cost_per_correct", "combination_number"),
         performance=rows("model_performance", "kind", "model"),
         failure_causes=rows("failure_causes", "kind", "cause"),
-        failed_items=rows("failed_items", "kind", "ordinal", status="failed")[:_LISTED_FAILURES],
+        failed_items=rows("failed_items", "ordinal", "kind", status="failed", order="ordinal", limit=1000)[
+            :_LISTED_FAILURES
+        ],
         author_agreement=rows("author_agreement", "combination", "author_a", "author_b"),
         replication_agreement=rows("replication_agreement", "combination", "rubric_author"),
         rubrics=_rubrics(connection, run_id),
