@@ -204,7 +204,7 @@ def contents(db: Database) -> dict[str, str]:
 
 def clear(db: Database) -> None:
     """Empty a database of all that a test may have put there, the builtins left."""
-    for table in ("runs", "workers", "logs", "instances", "cases", "datasets", "projects"):
+    for table in ("analyses", "runs", "workers", "logs", "instances", "cases", "datasets", "projects"):
         db.execute(f"delete from pgharness.{table}".encode())
     db.execute("delete from pgharness.experiments where name <> 'note_grade'")
     db.execute("delete from procrastinate.procrastinate_jobs; delete from procrastinate.procrastinate_workers")

@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import analyses
 import comparison
 import figures
 import hedging
@@ -34,7 +35,20 @@ from rich.table import Table
 
 from pgharness.environment import environment
 
-NAMES = ("items", "inspect", "calls", "http", "memory", "planning", "views", "start", "sharing", "telling", "hedging")
+NAMES = (
+    "items",
+    "inspect",
+    "calls",
+    "http",
+    "memory",
+    "planning",
+    "views",
+    "start",
+    "sharing",
+    "telling",
+    "hedging",
+    "analyses",
+)
 INSPECT_PYTHON = "PGHARNESS_BENCH_INSPECT_PYTHON"
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
 stderr = Console(stderr=True, highlight=False)
@@ -65,6 +79,7 @@ def lines(bed: Bed, wanted: set[str], inspect_python: Path | None) -> Iterator[L
         "sharing": figures.sharing,
         "telling": telling.telling,
         "hedging": hedging.hedging,
+        "analyses": analyses.analyses,
     }
     for name, figure in others.items():
         if name in wanted:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import time
@@ -273,3 +275,51 @@ def test_primock57_shows_the_planted_difference_and_no_other(url: str, db: Datab
     assert different == {("careful", "hasty"), ("careful too", "hasty")}
     check_numbers(db, run, analysis)
     assert rows(db, "select * from pgharness.preregistration_deviations") == []
+
+
+def test_the_page_about_analyses_runs_as_written(url: str, db: Database) -> None:
+    db.execute((ROOT / "experiments" / "demo" / "demo.sql").read_bytes())
+    faultless = {"latency_seconds": 0, "latency_tail_rate": 0, "error_rate": 0, "rate_limit_rate": 0, "invalid_rate": 0}
+    db.execute(
+        "update pgharness.models set parameters = parameters || %s where name like 'demo/%%'", (json.dumps(faultless),)
+    )
+    db.execute("select pgharness.start_run('demo'), pgharness.start_run('demo')")
+    command = CommandLine(url, environment={"COLUMNS": "200"})
+    command.work()
+    blocks = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / "analyses.md").read_text(), re.S)
+    printed = []
+    for language, text in blocks:
+        if language == "sql":
+            db.execute(text.encode())
+        elif language == "sh":
+            for line in text.strip().splitlines():
+                printed.append(command.call(*shlex.split(line)[1:]).out)
+        else:
+            exec(compile(text, "docs/analyses.md", "exec"), {"url": url})
+    assert [language for language, _ in blocks] == ["sql", "sql", "sh", "sql", "python"]
+    assert "demo/careful -> demo/grader" in printed[0] and '"detectable"' in printed[1]
+    assert value(db, "select count(*) from pgharness.preregistrations") == 1
+    assert value(db, "select count(*) from pgharness.analyses where status = 'succeeded'") == 2
+
+
+def test_hostile_names_are_only_names(url: str, db: Database) -> None:
+    names = ['x"; drop table pgharness.grades; --', "</script><script>alert(1)</script>", "\\n{}%s \N{SNOWMAN} '"]
+    define(db, cases=6, abilities=())
+    for number, name in enumerate(names):
+        model = f"model {number}"
+        db.execute(
+            "insert into pgharness.models (name, provider, parameters) values (%s, 'simulator', %s)",
+            (model, json.dumps({"quality": 0.2 + 0.3 * number, "latency_seconds": 0})),
+        )
+        db.execute(
+            "insert into pgharness.model_combinations (instance, name, generator, grader) values ('quiz', %s, %s, 'exact_match')",
+            (name, model),
+        )
+    db.execute("select pgharness.start_run('quiz', name => %s)", (names[0],))
+    command = CommandLine(url)
+    command.work()
+    found = command.call("analyse", "ablation", names[0], "--set", f"baseline={json.dumps(names[2])}", "--json").json
+    assert [group["name"] for group in found["result"]["groups"]] == names
+    shown = command.call("analyse", "compare", names[0], "--set", f"combinations={json.dumps(names[:2])}").out
+    assert "alert(1)" in "".join(shown.split())
+    assert value(db, "select count(*) from pgharness.grades") == 6 * 3 * 3

@@ -13,7 +13,23 @@ import pytest
 from psycopg import Connection
 
 from pgharness import schema
-from world import add_cases, add_instance, call, clear, contents, note, orphans, refused, rows, run_of, start, value
+from pgharness.analysis import analyse
+from world import (
+    add_cases,
+    add_instance,
+    call,
+    clear,
+    contents,
+    note,
+    orphans,
+    refused,
+    register,
+    rows,
+    run_of,
+    start,
+    value,
+    work_off,
+)
 
 Database = Connection[Any]
 ROLES = ("reader", "author", "worker")
@@ -210,6 +226,8 @@ def test_a_reader_changes_nothing_at_all(office: Office) -> None:
         "select pgharness.record_result(1, 'x', '1')",
         "select pgharness.record_outcomes(1, '[]')",
         "select pgharness.sweep()",
+        "select pgharness.request_analysis('compare', runs => '{trial/1}')",
+        "select pgharness.preregister('trial', '[]')",
         "select pgharness.register_worker('h', 1, 'v', '{}', 1)",
         "select pgharness._set_status(1, 'completed', null)",
         "insert into procrastinate.procrastinate_jobs (queue_name, task_name) values ('note', 'pgharness.slice')",
@@ -289,6 +307,9 @@ def test_an_author_cannot_do_what_workers_do_nor_go_around_the_functions(office:
         "select pgharness.heartbeat(1, '{}', 'running', '{}', '{}')",
         "select pgharness.lose_worker('host', 1)",
         "select pgharness.sweep('0 seconds')",
+        "select pgharness.take_analysis(1)",
+        "select pgharness.finish_analysis(1, 1, '', '{}', '{}')",
+        "select pgharness.fail_analysis(1, 1, 'because')",
         "select pgharness.lease_model(1, 1, 0, 1)",
         "select pgharness.take_requests(1, 1, 1)",
         "select pgharness.block_model(1, 1)",
@@ -298,6 +319,31 @@ def test_an_author_cannot_do_what_workers_do_nor_go_around_the_functions(office:
         with office.acting("author") as db, refused(db, "42501"):
             db.execute(statement.encode())
     assert contents(office.db) == before
+
+
+def test_an_analysis_goes_from_an_author_by_a_worker_to_a_reader(office: Office) -> None:
+    work_off(office.db, register(office.db))
+    with office.acting("author") as db:
+        asked = value(db, "select id from pgharness.request_analysis('compare', runs => '{trial/1}')")
+        pair = '[{"first": "combination 0", "second": "combination 1"}]'
+        with refused(db, "PH001", "combination 0"):
+            db.execute("select pgharness.preregister('trial', %s)", (pair,))
+        db.execute(
+            "insert into pgharness.model_combinations (instance, name, generator, grader) values ('trial', 'combination 1', 'simulator', 'simulator')"
+        )
+        db.execute("select pgharness.preregister('trial', %s)", (pair,))
+    with office.acting("worker") as db:
+        worker = value(db, "select pgharness.register_worker('h', 7, 'v', '{note,grade}', 1)")
+        (row,) = rows(db, "select * from pgharness.take_analysis(%s)", worker)
+        assert row["id"] == asked
+        digest = value(db, "select pgharness.analysis_digest(%s)", row["run_ids"])
+        found = json.dumps(analyse(db, row["kind"], row["run_ids"], row["options"]).as_dict())
+        assert value(db, "select pgharness.finish_analysis(%s, %s, %s, '{}', %s)", asked, worker, digest, found)
+    with office.acting("reader") as db:
+        assert rows(db, "select * from pgharness.analysis_results")[0]["is_current"]
+        assert len(rows(db, "select * from pgharness.analysis_groups")) == 1
+        assert len(rows(db, "select * from pgharness.combination_estimates")) == 1
+        assert len(rows(db, "select * from pgharness.paired_run_differences('trial/1', 'trial/1')")) == 1
 
 
 # -- a worker

@@ -68,10 +68,10 @@ def read(connection: Connection[Any], run: str, *, alpha: float) -> RunData:
     run_id: int = row["id"]
     scores = load_scores(connection, [run_id]) if row["grades_succeeded"] else None
 
-    def rows(view: str, *order: str, **filters: Any) -> list[Row]:
+    def rows(view: str, *by: str, **filters: Any) -> list[Row]:
         read_rows = [plain(each) for each in database.rows(connection, view, run_id=run_id, **filters)]
         # a view's rows come in any order; a report of the same rows is the same
-        return sorted(read_rows, key=lambda each: tuple(_sortable(each[name]) for name in order))
+        return sorted(read_rows, key=lambda each: tuple(_sortable(each[name]) for name in by))
 
     return RunData(
         run_id=run_id,

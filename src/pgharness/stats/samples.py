@@ -279,9 +279,13 @@ def from_records(
 
 def codes(labels: Iterable[Any], *, name: str = "cluster", length: int | None = None) -> IntArray:
     """Return labels as integers 0..k-1 in order of appearance, shape (n,); length is how many there must be."""
-    given = [label.item() if isinstance(label, np.generic) else label for label in labels]
+    given = list(labels)
     if length is not None and len(given) != length:
         raise InvalidSample(f"{name} has {len(given)} labels for {length} values: give one for each value")
+    if set(map(type, given)) == {int} and (numbers_ := np.array(given)).dtype.kind == "i":  # many cases, most often
+        _, first, code = np.unique(numbers_, return_index=True, return_inverse=True)
+        return np.argsort(np.argsort(first))[code]
+    given = [label.item() if isinstance(label, np.generic) else label for label in given]
     empty = sum(1 for label in given if _is_missing(label))
     if empty:
         raise InvalidSample(f"{name} has {_count(empty, 'missing label')}: fill them or leave the rows out")

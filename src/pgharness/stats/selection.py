@@ -296,7 +296,10 @@ def _read(
     if not paired:
         return named_samples(groups, names=names, nan=nan)
     values: dict[str, object] = dict(zip(*_titles(groups, names), strict=True))
-    lists = {name: list(one) for name, one in values.items()}  # type: ignore[call-overload]
+    lists: dict[str, Any] = {
+        name: one if isinstance(one, np.ndarray) else list(one)  # type: ignore[call-overload]
+        for name, one in values.items()
+    }
     lengths = {name: len(one) for name, one in lists.items()}
     if len(set(lengths.values())) > 1:
         raise InvalidSample(f"paired groups need one value for each case, but have {lengths}: align them by case")
