@@ -254,7 +254,7 @@ def test_a_registered_plan_and_its_deviations_are_reported(lab: Lab) -> None:
     ]
     section = next(each for each in report["sections"] if each["key"] == "preregistration")
     deviations = " ".join(section["blocks"][-1]["items"])
-    assert "planned were 1 notes of each case, the run has 8" in deviations
+    assert "note replications: planned 1, was 8" in deviations
     assert "uses alpha = 0.05, planned was 0.01" in deviations and "1 further pair of combinations" in deviations
 
 

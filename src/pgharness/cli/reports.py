@@ -54,7 +54,7 @@ def report(
 ) -> None:
     """Write a report on runs: scores with intervals, comparisons, costs, failures, limits, how it was made.
 
-    Examples: pgharness report triage-v2/1 --out report; pgharness report --archive run.zip --check report/report.json;
+    Example: pgharness report triage-v2/1 --out report; pgharness report --archive run.zip --check report/report.json;
     pgharness report --fetch 3 --out report
     """
     if bool(runs) == (fetch is not None):

@@ -39,6 +39,7 @@ class RunData:
     replication_agreement: list[Row]
     rubrics: list[Row]
     results: list[Row]
+    deviations: list[Row]
 
     @property
     def is_code(self) -> bool:
@@ -94,6 +95,7 @@ def read(connection: Connection[Any], run: str, *, alpha: float) -> RunData:
         replication_agreement=rows("replication_agreement", "combination", "rubric_author"),
         rubrics=_rubrics(connection, run_id),
         results=rows("run_results", "key"),
+        deviations=rows("preregistration_deviations", "analysis_id", "deviation", "planned", "actual"),
     )
 
 

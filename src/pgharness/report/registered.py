@@ -113,14 +113,13 @@ def _row(hypothesis: Row, pair: PairComparison | None, sign: int, p: float | Non
 
 
 def _deviations(run: RunData, plan: Row, alpha: float) -> list[str]:
-    made, items = run.provenance, []
-    for name, planned, was in (
-        ("cases", plan["case_count"], made["case_count"]),
-        ("notes of each case", plan["note_replications"], made["note_replications"]),
-        ("grades of each note", plan["grade_replications"], made["grade_replications"]),
-    ):
-        if planned != was:
-            items.append(f"planned were {planned:,} {name}, the run has {was:,}.")
+    items = []
+    for row in run.deviations:
+        if row["deviation"] != "analyses":  # this report tests what was planned
+            where = "" if row["analysis_id"] is None else f"analysis {row['analysis_id']}, "
+            items.append(
+                f"{where}{row['deviation']}: planned {row['planned'] or 'none'}, was {row['actual'] or 'none'}."
+            )
     if run.progress["status"] != "completed":
         items.append(f"the run is {run.progress['status']}.")
     failed = run.progress["notes_failed"] + run.progress["grades_failed"]
