@@ -17,6 +17,9 @@ import pytest
 import study
 import world
 from command_line import CommandLine
+from pgharness import Context, experiment
+from pgharness.sdk import direct
+from pgharness.settings import Settings
 
 EVIL = r"<script>alert(1)</script>|$x$ \input{/etc/passwd} `=cmd()`"
 
@@ -293,6 +296,40 @@ def test_a_report_asked_for_in_sql_is_made_by_a_worker_once(lab: Lab, tmp_path: 
     assert {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
     assert {row["path"]: row["content"] for row in stored} == files
     assert all(hashlib.sha256(row["content"]).hexdigest() == row["digest"] for row in stored)
+
+
+@experiment(name="told")
+def told(ctx: Context) -> None:
+    ctx.result("conclusion", {"is": "<b>|good|</b>"})
+    ctx.metric("accuracy", 0.75)
+    ctx.metric("accuracy", 1.0)
+
+
+def test_what_code_recorded_is_reported(lab: Lab) -> None:
+    direct.execute(told, url=lab.url, settings=Settings.from_env(), is_echoed=False)
+    report = lab.report("told/1")
+    read = tables(report)
+    assert read["recorded_results"] == [{"key": "conclusion", "value": '{"is": "<b>|good|</b>"}'}]
+    assert read["recorded_metrics"] == [
+        {"name": "accuracy", "count": 2, "mean": 0.875, "low": 0.75, "high": 1.0, "last": 1.0}
+    ]
+    assert read["completeness"] == [{"run": "told/1", "status": "completed", "tasks": 1, "tasks_failed": 0}]
+    assert "results" not in read and "pairs" not in read
+
+
+def test_a_run_that_has_hardly_begun_is_reported_as_such(lab: Lab) -> None:
+    with psycopg.connect(lab.url, autocommit=True) as db:
+        names = [name for (name,) in db.execute("select name from pgharness.cases order by id").fetchall()]
+        run = study.start(db, "begun", cases=names[:1])
+        assert "No note has a grade" in json.dumps(lab.report("begun/1"))
+        db.execute("select pgharness.pause_run(%s)", (run,))
+    report = lab.report(str(run), "study/1")
+    assert report["runs"] == ["begun/1", "study/1"]
+    items = [
+        item for section in report["sections"] if section["key"] == "limits" for item in section["blocks"][0]["items"]
+    ]
+    assert "Run begun/1: the run is paused: its numbers will change, and looking early spoils p-values." in items
+    assert any(item.startswith("Run begun/1: 30 items are undecided") for item in items)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,10 @@ def limits(data: Sequence[RunData], found: Sequence[Family], *, is_registered: b
             "No hypothesis or primary metric was registered before the runs started, so the comparisons are "
             "exploratory."
         )
+    if any(run.is_code for run in data):
+        items.append(
+            "Results and metrics of code are what the code said; nothing here tests them or says how sure they are."
+        )
     return Section("limits", "Limits", (Points(tuple(items)),) if items else (Paragraph("None is known."),))
 
 

@@ -13,7 +13,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal
 
-Kind = Literal["text", "count", "score", "difference", "p", "number", "usd", "ms", "time", "flag"]
+Kind = Literal["text", "count", "score", "difference", "p", "number", "measure", "usd", "ms", "time", "flag"]
 """How a column's values are written: a score with three decimals, a difference with its sign, a p as the APA has it."""
 
 Value = str | int | float | bool | None
@@ -185,6 +185,8 @@ def _number(value: float, kind: Kind) -> str:
             if value < 0.001:
                 return "<.001"
             return ">.999" if value > 0.999 else f"{value:.3f}".removeprefix("0")
+        case "measure":
+            text = f"{value:,.6g}"
         case "usd":
             text = usd(value)
         case "ms":

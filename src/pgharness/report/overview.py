@@ -126,11 +126,10 @@ def _finding(pair: PairComparison) -> str:
 
 def _spent(data: Sequence[RunData]) -> str:
     cost = sum(run.costs["cost_usd"] or 0 for run in data)
-    failed = sum(run.progress["notes_failed"] + run.progress["grades_failed"] for run in data)
+    names = ("notes_failed", "grades_failed", "tasks_failed")
+    failed = sum(run.progress[name] for run in data for name in names)
     calls = sum(run.costs["call_count"] or 0 for run in data)
-    lost = "no note or grade failed for good" if not failed else f"{counted(failed, 'note or grade')} failed for good"
-    if failed > 1:
-        lost = f"{failed:,} notes or grades failed for good"
+    lost = f"{counted(failed, 'item')} failed for good" if failed else "nothing failed for good"
     return f"It took {counted(calls, 'call')} and cost {shown(cost, 'usd')} USD; {lost}."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ class RunData:
     replication_agreement: list[Row]
     rubrics: list[Row]
     results: list[Row]
+    metrics: list[Row]
     deviations: list[Row]
 
     @property
@@ -95,12 +97,35 @@ def read(connection: Connection[Any], run: str, *, alpha: float) -> RunData:
         replication_agreement=rows("replication_agreement", "combination", "rubric_author"),
         rubrics=_rubrics(connection, run_id),
         results=rows("run_results", "key"),
+        metrics=_metrics(connection, run_id),
         deviations=rows("preregistration_deviations", "analysis_id", "deviation", "planned", "actual"),
     )
 
 
 def _sortable(value: Any) -> tuple[bool, Any]:
     return (value is not None, value if value is not None else 0)
+
+
+def _metrics(connection: Connection[Any], run_id: int) -> list[Row]:
+    """Return the metrics that a run's code recorded, by name: how many values, their mean, extremes and last one."""
+    found: dict[str, list[float]] = {}
+    for columns, rows in database.stream(connection, "run_metrics", order="id", run_id=run_id):
+        name, value = columns.index("name"), columns.index("value")
+        for row in rows:
+            number = plain(row[value])
+            if isinstance(number, int | float):
+                found.setdefault(row[name], []).append(float(number))
+    return [
+        {
+            "name": name,
+            "count": len(values),
+            "mean": statistics.fmean(values),
+            "low": min(values),
+            "high": max(values),
+            "last": values[-1],
+        }
+        for name, values in sorted(found.items())
+    ]
 
 
 def _rubrics(connection: Connection[Any], run_id: int) -> list[Row]:

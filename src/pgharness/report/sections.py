@@ -128,13 +128,30 @@ def results(data: Sequence[RunData]) -> Section:
         blocks.append(_distributions(data))
     elif not all(run.is_code for run in data):
         blocks.append(Paragraph("No note has a grade, so there are no scores to report."))
-    if any(run.results for run in data):
+    blocks += _recorded(data)
+    return Section("results", "Results", tuple(blocks) or (Paragraph("The runs recorded no results."),))
+
+
+def _recorded(data: Sequence[RunData]) -> list[Block]:
+    """Return what the code of runs recorded: its results, and its metrics in short."""
+    blocks: list[Block] = []
+    if rows := [{"run": run.name} | row for run in data for row in run.results]:
         columns = (*run_column(data), Column("key", "Result"), Column("value", "Value"))
-        rows = [row for run in data for row in run.results]
         blocks.append(
             table_of("recorded_results", "Results that the code recorded, the latest of each key", columns, rows)
         )
-    return Section("results", "Results", tuple(blocks) or (Paragraph("The runs recorded no results."),))
+    if rows := [{"run": run.name} | row for run in data for row in run.metrics]:
+        columns = (
+            *run_column(data),
+            Column("name", "Metric"),
+            Column("count", "Values", "count"),
+            Column("mean", "Mean", "measure"),
+            Column("low", "Lowest", "measure"),
+            Column("high", "Highest", "measure"),
+            Column("last", "Last", "measure"),
+        )
+        blocks.append(table_of("recorded_metrics", "Metrics that the code recorded", columns, rows))
+    return blocks
 
 
 def _without_scores(data: Sequence[RunData]) -> list[tuple[str, str]]:
@@ -262,6 +279,20 @@ def _cost_figures(data: Sequence[RunData], performance: Sequence[Row]) -> list[B
     return blocks
 
 
+_ITEMS = (
+    Column("notes", "Notes planned", "count"),
+    Column("notes_failed", "Notes failed", "count"),
+    Column("grades", "Grades planned", "count"),
+    Column("grades_failed", "Grades failed", "count"),
+    Column("grades_skipped", "Grades skipped", "count", "Grades of notes that failed."),
+    Column("missing", "Undecided", "count", "Notes and grades that neither succeeded nor failed."),
+)
+_TASKS = (
+    Column("tasks", "Tasks", "count", "The code's function, and the items of its maps."),
+    Column("tasks_failed", "Tasks failed", "count"),
+)
+
+
 def failures(data: Sequence[RunData]) -> Section:
     """What failed for good, what was tried again, and why."""
     counts = [
@@ -274,18 +305,16 @@ def failures(data: Sequence[RunData]) -> Section:
             "grades_failed": run.progress["grades_failed"],
             "grades_skipped": run.progress["grades_skipped"],
             "missing": missing(run),
+            "tasks": run.progress["task_count"],
+            "tasks_failed": run.progress["tasks_failed"],
         }
         for run in data
     ]
     columns = (
         *(run_column(data) or (Column("run", "Run", is_detail=True),)),
         Column("status", "Status"),
-        Column("notes", "Notes planned", "count"),
-        Column("notes_failed", "Notes failed", "count"),
-        Column("grades", "Grades planned", "count"),
-        Column("grades_failed", "Grades failed", "count"),
-        Column("grades_skipped", "Grades skipped", "count", "Grades of notes that failed."),
-        Column("missing", "Undecided", "count", "Notes and grades that neither succeeded nor failed."),
+        *(_ITEMS if not all(run.is_code for run in data) else ()),
+        *(_TASKS if any(run.is_code for run in data) else ()),
     )
     blocks: list[Block] = [table_of("completeness", "What was planned and what became of it", columns, counts)]
     causes = [row for run in data for row in run.failure_causes]
@@ -368,8 +397,8 @@ def outliers(data: Sequence[RunData]) -> Section | None:
 # -- methods and provenance
 
 
-def methods(data: Sequence[RunData], statistics_used: Sequence[str]) -> Section:
-    """How the runs were made: design, models with parameters and prices, graders, prompts."""
+def methods(data: Sequence[RunData], statistics_used: Sequence[str]) -> Section | None:
+    """How the runs were made: design, models with parameters and prices, graders, prompts; None where code decides."""
     blocks: list[Block] = []
     blocks += [Paragraph(_design(run)) for run in data if not run.is_code]
     blocks += [Points(tuple(statistics_used))] if statistics_used else []
@@ -397,7 +426,7 @@ def methods(data: Sequence[RunData], statistics_used: Sequence[str]) -> Section:
         )
         blocks.append(table_of("rubrics", "Rubrics", columns, rubrics))
     blocks += _prompts(data)
-    return Section("methods", "Methods", tuple(blocks))
+    return Section("methods", "Methods", tuple(blocks)) if blocks else None
 
 
 def _design(run: RunData) -> str:
