@@ -162,12 +162,21 @@ def _costs(canvas: Canvas, figure: Figure) -> None:
     axes.spines["left"].set_visible(True)
     costs = [row["cost"] for row in figure.rows]
     if min(costs) > 0 and max(costs) / min(costs) > 20:
-        axes.set_xscale("log")
+        _stretch(axes)
     else:
         axes.locator_params(axis="x", nbins=5)
     axes.margins(0.12)
     axes.grid()
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def _stretch(axes: Axes) -> None:
+    """Make the x axis logarithmic, its numbers written out: powers need the markup that labels may not have."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _latencies(canvas: Canvas, figure: Figure) -> None:
@@ -179,7 +188,7 @@ def _latencies(canvas: Canvas, figure: Figure) -> None:
         axes.plot(row["high"], place, marker="o", markersize=5.5, color=GREEN, mfc="white")
     lows, highs = ([row[end] for row in figure.rows] for end in ("low", "high"))
     if min(lows) > 0 and max(highs) / min(lows) > 20:
-        axes.set_xscale("log")
+        _stretch(axes)
     else:
         axes.set_xlim(left=0)
 

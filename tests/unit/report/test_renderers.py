@@ -298,6 +298,16 @@ def test_csv_has_one_line_a_row_and_nothing_that_a_spreadsheet_computes() -> Non
 # -- figures
 
 
+def test_a_logarithmic_axis_has_plain_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(figures._SETTINGS, "svg.fonttype", "none")
+    rows = (
+        {"label": "a", "low": 1.0, "value": 50.0, "high": 90.0},
+        {"label": "$b$", "low": 2.0, "value": 3.0, "high": 4.0},
+    )
+    text = figures.draw(Figure("f", "latencies", "c", "a", "ms", rows), "svg").decode()
+    assert "math" not in text and ">10</text>" in text and ">$b$</text>" in text
+
+
 def test_a_label_in_a_figure_is_short_and_can_be_drawn() -> None:
     assert figures.short("x" * 100) == f"{'x' * 17}…{'x' * 16}"
     assert figures.short("a\u4e2d\u05d0b\n c") == "a\ufffd\ufffdb c"
