@@ -268,9 +268,13 @@ begin
     update analyses as a
        set status = 'failed', error = format('its worker died %s times while it was made, the last time at %s', a.attempts, a.started_at), finished_at = clock(),
            hint = 'See the worker''s log: it may lack memory. Then ask for it again.'
-     where a.status = 'running' and a.attempts >= v_most and not exists (select from workers as w where w.id = a.worker_id and w.status in ('running', 'draining') and w.heartbeat_at > clock() - interval '30 seconds');
+     where a.status = 'running' and a.attempts >= v_most
+       and not exists (select from workers as w where w.id = a.worker_id and (w.status = 'stopped' or w.status <> 'lost' and w.heartbeat_at > clock() - interval '30 seconds'));
     return query
-    update analyses as a set status = 'running', worker_id = take_analysis.worker_id, started_at = clock(), attempts = a.attempts + 1
+    update analyses as a
+       set status = 'running', worker_id = take_analysis.worker_id, started_at = clock(),
+           -- one that stopped in good order had nothing against it
+           attempts = a.attempts + (not exists (select from workers as w where w.id = a.worker_id and w.status = 'stopped'))::integer
      where a.id = (select o.id from analyses as o
                     where (o.status = 'pending'
                            or o.status = 'running' and not exists (select from workers as w where w.id = o.worker_id and w.status in ('running', 'draining') and w.heartbeat_at > clock() - interval '30 seconds'))

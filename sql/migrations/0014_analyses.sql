@@ -42,7 +42,7 @@ comment on column pgharness.analyses.library_versions is 'What computed it: pgha
 comment on column pgharness.analyses.result is 'All that was found, as an object; the views analysis_... have its parts.';
 comment on column pgharness.analyses.error is 'Why it failed.';
 comment on column pgharness.analyses.hint is 'What to type next.';
-comment on column pgharness.analyses.attempts is 'How often a worker took it.';
+comment on column pgharness.analyses.attempts is 'How often a worker took it, not counting those that were stopped before its end.';
 comment on column pgharness.analyses.worker_id is 'The worker that has it or made it.';
 comment on column pgharness.analyses.requested_by is 'The database role that asked for it first.';
 comment on column pgharness.analyses.requested_at is 'When that was.';

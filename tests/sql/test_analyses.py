@@ -96,6 +96,10 @@ def test_runs_without_grades_are_refused(tx: Database) -> None:
     add_instance(tx)
     with pytest.raises(InvalidArgument, match="no grades to analyse"):
         load_scores(tx, [start(tx)])
+    tx.execute("""select pgharness.register_experiment('dice', '', 'dice', 'dice', 'a', '', '{}')""")
+    tx.execute("insert into pgharness.instances (name, experiment) values ('dice', 'dice')")
+    with pytest.raises(InvalidArgument, match=r"no grades to analyse .*dice/1"):
+        load_scores(tx, [start(tx, "dice")])
     with pytest.raises(DatabaseError, match="run with id 4711 does not exist"):
         load_scores(tx, [4711])
 
@@ -314,7 +318,9 @@ def test_who_died_of_an_analysis_leaves_it_to_another_and_five_are_enough(tx: Da
         assert not value(tx, "select pgharness.finish_analysis(%s, %s, '', '{}', '{}')", asked["id"], before), (
             "too late"
         )
-    tx.execute("update pgharness.workers set heartbeat_at = now() - interval '1 hour' where id = %s", (workers[4],))
+    tx.execute("update pgharness.workers set status = 'stopped' where id = %s", (workers[4],))
+    assert [row["attempts"] for row in rows(tx, take, workers[6])] == [5], "it was only told to stop"
+    tx.execute("update pgharness.workers set heartbeat_at = now() - interval '1 hour' where id = %s", (workers[6],))
     assert rows(tx, take, workers[5]) == []
     found = rows(tx, "select status, error, hint from pgharness.analysis_results")[0]
     assert found["status"] == "failed" and "died 5 times" in found["error"] and "memory" in found["hint"]

@@ -161,8 +161,12 @@ def warnings_of(scores: Scores, table: CaseTable, by: By) -> tuple[str, ...]:
         found.append(f"there is one {by} with grades, so nothing to compare it with")
     if by == "run" and len({frozenset(one.name for one in run.combinations) for run in scores.runs}) > 1:
         found.append("the runs have different combinations: a difference of runs is one of their mixtures")
-    counts = np.where(table.notes > 0, table.notes, 0)
-    used = counts[:, table.shared()]
+    if by == "combination":
+        every = [one for run in scores.runs for one in run.combinations]
+        models = {(one.name, one.generator, one.grader, str(one.parameters)) for one in every}
+        if len(models) > len({name for name, *_ in models}):
+            found.append("combinations of one name have different models or parameters in these runs, and count as one")
+    used = table.notes[:, table.shared()]
     if used.size and (used != used[0]).any():
         found.append("the groups have different numbers of graded notes of a case; every case counts once all the same")
     return tuple(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -125,6 +126,9 @@ def test_a_live_run_and_unlike_runs_are_warned_of() -> None:
     assert found.by == "run"
     assert any("x/1 is running" in warning for warning in found.warnings)
     assert any("different combinations" in warning for warning in found.warnings)
+    other = replace(runs[1], combinations=(Combination("system 0", "c", "judge"),))
+    pooled = compare(made_scores([0, 0.1], runs=(runs[0], other)), by="combination")
+    assert any("different models" in warning for warning in pooled.warnings)
 
 
 def test_authors_who_grade_alike_agree_and_others_do_not() -> None:
