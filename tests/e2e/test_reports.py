@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
+import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -21,6 +24,9 @@ from pgharness import Context, experiment
 from pgharness.sdk import direct
 from pgharness.settings import Settings
 
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "reports.md"
+PRIMOCK57 = ROOT.parent / "shared" / "data" / "primock57"
 EVIL = r"<script>alert(1)</script>|$x$ \input{/etc/passwd} `=cmd()`"
 
 
@@ -76,7 +82,7 @@ def equal(found: list[tuple[Any, ...]], expected: list[tuple[Any, ...]], toleran
     for one, two in zip(found, expected, strict=True):
         for a, b in zip(one, two, strict=True):
             if isinstance(a, float) and b is not None:
-                assert math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance), (one, two)
+                assert math.isclose(a, float(b), rel_tol=tolerance, abs_tol=tolerance), (one, two)
             else:
                 assert a == b, (one, two)
 
@@ -330,6 +336,94 @@ def test_a_run_that_has_hardly_begun_is_reported_as_such(lab: Lab) -> None:
     ]
     assert "Run begun/1: the run is paused: its numbers will change, and looking early spoils p-values." in items
     assert any(item.startswith("Run begun/1: 30 items are undecided") for item in items)
+
+
+def test_the_page_about_reports_runs_as_written(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with psycopg.connect(lab.url, autocommit=True) as db:
+        names = [name for (name,) in db.execute("select name from pgharness.cases order by id").fetchall()]
+        study.start(db, "triage-v2", cases=names, combinations=study.COMBINATIONS[:2])
+        world.start(db, "triage-v2")
+        lab.cli.work()
+        monkeypatch.chdir(tmp_path)
+        blocks = re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
+        for language, text in blocks:
+            if language == "sql":
+                db.execute(text.encode())
+                continue
+            for line in text.strip().splitlines():
+                words = shlex.split(line, comments=True)[1:]
+                found = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
+                last = lab.cli.call(*found).out
+    assert [language for language, _ in blocks] == ["sh", "sql", "sh"]
+    assert "all numbers of report/report.json are reproduced" in last and (tmp_path / "compared" / "report.md").exists()
+
+
+@pytest.mark.skipif(
+    not (PRIMOCK57 / "cases.jsonl").exists(), reason=f"PriMock57 is not part of the project, and not in {PRIMOCK57}"
+)
+def test_a_report_on_primock57_asked_for_in_sql_says_what_the_views_say(url: str) -> None:
+    cli = CommandLine(url)
+    cli.call("import", "cases", str(PRIMOCK57 / "cases.jsonl"), "--dataset", "primock57", "--input", "transcript")
+    cli.call("import", "rubrics", str(PRIMOCK57 / "rubrics.jsonl"))
+    with psycopg.connect(url, autocommit=True) as db:
+        for name, quality in (("careful", 0.9), ("careful too", 0.9), ("hasty", 0.4), ("judge", 0.8)):
+            parameters = {"quality": quality, "output_tokens": 1000, "latency_seconds": 0}
+            db.execute(
+                "insert into pgharness.models (name, provider, parameters, input_usd_per_million) values (%s, 'simulator', %s, 2)",
+                (name, json.dumps(parameters)),
+            )
+        db.execute(
+            "insert into pgharness.instances (name, note_replications, grade_replications, seed) values ('primock', 3, 2, 57)"
+        )
+        db.execute("select pgharness.add_cases('primock', eligible => true, dataset => 'primock57')")
+        db.execute(
+            "insert into pgharness.model_combinations (instance, name, generator, grader)"
+            " select 'primock', n, n, 'judge' from unnest('{careful,careful too,hasty}'::text[]) as n"
+        )
+        db.execute("select pgharness.start_run('primock')")
+        cli.work(timeout=200)
+        report = world.value(db, "select id from pgharness.request_report('primock/1', formats => '{json}')")
+        analysis = world.value(db, "select id from pgharness.request_analysis('compare', runs => '{primock/1}')")
+        cli.work()
+        text = world.value(
+            db, "select convert_from(content, 'UTF8') from pgharness.report_files where report_id = %s", report
+        )
+        read = tables(json.loads(text))
+        views = {
+            "results": (
+                "combination_estimates",
+                "combination mean_score standard_error case_count note_count grade_count",
+            ),
+            "pairs": ("paired_differences", "combination_a combination_b mean_difference standard_error case_count"),
+            "costs": ("cost_by_run", "call_count input_tokens output_tokens note_cost_usd grade_cost_usd cost_usd"),
+            "models_performance": (
+                "model_performance",
+                "model kind call_count calls_failed latency_p50_ms latency_p95_ms cost_usd",
+            ),
+            "replication_agreement": ("replication_agreement", "combination rubric_author note_count replication_sd"),
+        }
+        keys = {
+            "results": "combination mean standard_error cases notes grades",
+            "pairs": "first second difference standard_error cases",
+        }
+        for key, (view, columns) in views.items():
+            expected = world.rows(db, f"select {', '.join(columns.split())} from pgharness.{view} order by 1, 2")
+            found = [tuple(row[name] for name in keys.get(key, columns).split()) for row in read[key]]
+            equal(sorted(found), [tuple(row.values()) for row in expected])
+        columns = "first second difference confidence_low confidence_high p_value p_corrected verdict effect_size"
+        expected = world.rows(
+            db,
+            f"select {', '.join(columns.split())} from pgharness.analysis_comparisons where analysis_id = %s order by number",
+            analysis,
+        )
+        names = ["first", "second", "difference", "low", "high", "p_value", "p_corrected", "verdict", "effect"]
+        equal([tuple(row[name] for name in names) for row in read["pairs"]], [tuple(row.values()) for row in expected])
+    verdicts = {(row["first"], row["second"]): row["verdict"] for row in read["pairs"]}
+    assert verdicts == {
+        ("careful", "careful too"): "no difference shown",
+        ("careful", "hasty"): "careful scores higher",
+        ("careful too", "hasty"): "careful too scores higher",
+    }
 
 
 @pytest.mark.parametrize(
