@@ -87,6 +87,7 @@ def figure(key):
                 axes.plot([line["low"], line["high"]], [place, place], color="#0072b2")
             axes.plot(line["value"], place, "o", color="#0072b2")
     if found["kind"] != "costs":
+        axes.margins(y=0.5 / max(len(lines), 1))
         axes.set_yticks(range(len(lines)), labels)
         axes.invert_yaxis() if found["kind"] != "distributions" else None
     axes.set_xlabel(found["axis"])
