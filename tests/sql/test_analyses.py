@@ -118,8 +118,11 @@ def test_the_quantile_of_t_is_scipys(tx: Database) -> None:
     assert value(tx, "select pgharness._student_t(0)") is None
 
 
-def test_estimates_and_differences_are_those_of_the_library_and_of_a_clustered_regression(tx: Database) -> None:
-    run = graded_run(tx, effects=(0, 10, 4))
+@pytest.mark.parametrize("grades", [1, 2])
+def test_estimates_and_differences_are_those_of_the_library_and_of_a_clustered_regression(
+    tx: Database, grades: int
+) -> None:
+    run = graded_run(tx, effects=(0, 10, 4), rubrics_per_case=grades, grade_replications=grades)
     scores = load_scores(tx, [run])
     expected = compare(scores)
     found = rows(tx, "select * from pgharness.combination_estimates where run_id = %s order by combination", run)
