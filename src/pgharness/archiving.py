@@ -24,7 +24,7 @@ from typing import IO, Any
 from psycopg import Connection
 
 from pgharness import __version__, database
-from pgharness.errors import HarnessError
+from pgharness.errors import Conflict, HarnessError
 
 OnProgress = Callable[[int], None]
 
@@ -122,6 +122,54 @@ def restore_run(connection: Connection[Any], path: Path, *, on_progress: OnProgr
             database.call(connection, "finish_restore", run_id=run_id)
     size = path.stat().st_size
     return Archive(run_id, content["run"], path, manifest["digest"], size, _counts(content), is_detached=False)
+
+
+def adopt_runs(connection: Connection[Any], paths: Iterable[Path]) -> list[str]:
+    """Put archived runs with all that they rest on into a private database, from their files alone; return their names.
+
+    The database has to be at this version and to hold no run, and its role to be its superuser. Raises Conflict for
+    files that are not of one database or not of different runs, and HarnessError for a damaged one.
+    """
+    names: list[str] = []
+    seen: dict[tuple[str, int], bytes] = {}
+    for path in paths:
+        content = _checked(path)["content"]
+        if content["run"] in names:
+            raise Conflict(f"{path} holds run {content['run']!r}, which another file holds", hint="Give each run once.")
+        with _file_errors(path), zipfile.ZipFile(path) as file:
+            for member in content["members"]:
+                columns = [column["name"] for column in member["columns"]]
+                for batch in _batches(file, member["name"]):
+                    _check_same(member["name"], batch, seen, path)
+                    rows = b"[" + b",".join(batch) + b"]"
+                    database.adopt_rows(connection, member["name"], columns, rows.decode())
+                    if member["name"] == "run_combinations":
+                        models = {model["id"]: model for line in batch for model in _models(json.loads(line))}
+                        for model in models.values():  # one by one, for each may have other columns
+                            database.adopt_rows(connection, "models", model, json.dumps([model]))
+        names.append(content["run"])
+    return names
+
+
+def _check_same(member: str, lines: Iterable[bytes], seen: dict[tuple[str, int], bytes], path: Path) -> None:
+    """Raise Conflict for a row that another file has under the same id with another content."""
+    if member in ("runs", "cases", "rubrics"):
+        for line in lines:
+            if seen.setdefault((member, json.loads(line)["id"]), line) != line:
+                raise Conflict(
+                    f"{path} is not of the database of the other files: a row of {member} is another one there",
+                    hint="Report on archives of one database at a time.",
+                )
+
+
+def _models(combination: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the models of a frozen combination, those of ensembles and hedges with their members."""
+    waiting = [combination["generator"], combination["grader"]]
+    while waiting:
+        model = waiting.pop()
+        if isinstance(model, dict) and "id" in model:
+            yield {name: value for name, value in model.items() if value is not None}
+            waiting += model.get("members") or []
 
 
 def finished_runs(connection: Connection[Any], before: datetime) -> list[str]:

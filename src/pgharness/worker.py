@@ -36,6 +36,7 @@ from pgharness.errors import HarnessError, LeaseLost, SchemaOutOfDate
 from pgharness.execution import Batches, Engine
 from pgharness.gateway import Gateway
 from pgharness.queue import CODE_QUEUE, Queue
+from pgharness.report.desk import Reports
 from pgharness.sdk.hosts import Hosts
 from pgharness.settings import LISTEN_OFF, Settings
 from pgharness.types import ItemKind
@@ -102,6 +103,7 @@ async def run_process(options: WorkerOptions, *, parent_pid: int, pulse: c_doubl
         beside = [
             asyncio.create_task(_move_batches(options, pool, gateway, worker_id)),
             asyncio.create_task(Analyses(pool, worker_id=worker_id).run()),
+            asyncio.create_task(Reports(pool, worker_id=worker_id).run()),
         ]
         try:
             await process.run(options.queues)

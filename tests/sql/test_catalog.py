@@ -71,6 +71,8 @@ SECURITY_DEFINERS = {
         "request_analysis preregister _announce_analysis"
     ),
     "workers make analyses, whose rows they may not write": "take_analysis finish_analysis fail_analysis",
+    "authors ask for reports, and write nothing of what is in them": "request_report _announce_report",
+    "workers make reports, whose rows they may not write": "take_report finish_report fail_report",
 }
 # Functions without a pinned search path: a pin would keep Postgres from inlining them, and they name no object.
 INLINED = {

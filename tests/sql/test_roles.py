@@ -71,6 +71,8 @@ WRITTEN = [
     "tellers",
     "schema_migrations",
     "analyses",
+    "reports",
+    "report_contents",
     "preregistrations",
 ]
 DEFINED = [

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from pgharness import __version__
-from pgharness.cli import admin, analyses, archive, demo, experiments, imports, models, records, runs, simulate
+from pgharness.cli import admin, analyses, archive, demo, experiments, imports, models, records, reports, runs, simulate
 from pgharness.cli.session import Session, stderr
 from pgharness.database import TRANSIENT
 from pgharness.errors import HarnessError, ImportRefused, SchemaOutOfDate
@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (demo, admin, experiments, imports, models, runs, records, analyses, archive, simulate):
+for commands in (demo, admin, experiments, imports, models, runs, records, analyses, reports, archive, simulate):
     commands.add_to(app)
 
 

@@ -531,7 +531,9 @@ def _nothing_runs(url: str) -> Callable[[], bool]:
             with database.connect(url) as connection:
                 is_running = bool(database.rows(connection, "runs", status="running", limit=1))
                 if any(
-                    database.rows(connection, "analyses", status=status, limit=1) for status in ("pending", "running")
+                    database.rows(connection, asked, status=status, limit=1)
+                    for asked in ("analyses", "reports")
+                    for status in ("pending", "running")
                 ):
                     return False
                 # what a vendor has of a run that was cancelled costs money until it is cancelled there

@@ -1,0 +1,202 @@
+"""Figures as vector graphics: drawn from a report's data alone, the same bytes for the same data.
+
+Colours are of Okabe & Ito (2008), told apart by people who are blind to some colours; what a colour says, a shape or a
+place says too. Ink is drawn in a colour of its own, which a page replaces by that of its text.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from pgharness.report.model import Figure, cleaned
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+INK = "#1b1b1f"
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#7f7f87"
+_WIDTH = 5.8
+_LABEL = 34
+_RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]")  # drawn in the wrong order
+_SETTINGS: dict[str, Any] = {
+    "svg.hashsalt": "pgharness",
+    "svg.fonttype": "path",
+    "pdf.fonttype": 42,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.parse_math": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "ytick.left": False,
+    "grid.color": GREY,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+}
+_lock = threading.Lock()  # matplotlib's settings are the process's
+
+
+def draw(figure: Figure, form: Literal["svg", "pdf", "png"]) -> bytes:
+    """Return a figure in a format; the same data give the same bytes with the same version of matplotlib."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    with _lock, matplotlib.rc_context(cast(Any, _SETTINGS)):
+        canvas = Canvas(figsize=(_WIDTH, _height(figure)), layout="constrained")
+        FigureCanvasAgg(canvas)
+        _PAINTERS[figure.kind](canvas, figure)
+        out = io.BytesIO()
+        dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[form]
+        canvas.savefig(out, format=form, metadata=dates, dpi=150, transparent=form == "svg")
+    return out.getvalue()
+
+
+def inline_svg(figure: Figure) -> str:
+    """Return a figure as an SVG element for a page, its ink in the page's own colour, without a size of its own."""
+    text = draw(figure, "svg").decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    head, rest = text.split(">", 1)
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    # ids are unique within a figure alone
+    rest = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{figure.key}-", rest)
+    return f'{head} aria-hidden="true">{rest}'.replace(INK, "currentColor")
+
+
+def _height(figure: Figure) -> float:
+    count = max(len(figure.rows), 1)
+    match figure.kind:
+        case "distributions":
+            return 0.5 + 0.75 * count
+        case "costs":
+            return 3.4
+        case _:
+            return 0.9 + 0.34 * count
+
+
+def short(label: str) -> str:
+    """Return a label as a figure shows it: one line, its middle left out if it is long."""
+    text = " ".join(cleaned(label).split())
+    if _RIGHT_TO_LEFT.search(text):
+        text = _RIGHT_TO_LEFT.sub("\ufffd", text)
+    text = "".join(letter if ord(letter) in _glyphs() else "\ufffd" for letter in text)
+    return text if len(text) <= _LABEL else f"{text[: _LABEL // 2]}…{text[1 - _LABEL // 2 :]}"
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    """Return the code points that the figures' font, which comes with matplotlib, can draw."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return frozenset(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
+
+
+def _labelled(axes: Axes, figure: Figure) -> list[int]:
+    """Give each row a line with its label, the first on top; return the lines' places."""
+    places = list(range(len(figure.rows)))
+    axes.set_yticks(places, [short(row["label"]) for row in figure.rows])
+    axes.set_ylim(len(figure.rows) - 0.4, -0.6)
+    axes.set_xlabel(figure.axis)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+    return places
+
+
+def _intervals(canvas: Canvas, figure: Figure) -> None:
+    axes = canvas.subplots()
+    for place, row in zip(_labelled(axes, figure), figure.rows, strict=True):
+        if row["low"] is not None:
+            axes.plot([row["low"], row["high"]], [place, place], color=BLUE, linewidth=2.2, solid_capstyle="butt")
+        axes.plot(row["value"], place, marker="o", markersize=6.5, color=BLUE)
+
+
+def _differences(canvas: Canvas, figure: Figure) -> None:
+    axes = canvas.subplots()
+    axes.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    for place, row in zip(_labelled(axes, figure), figure.rows, strict=True):
+        color = ORANGE if row["differs"] else GREY
+        if row["low"] is not None:
+            axes.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2.2, solid_capstyle="butt")
+        fill = color if row["differs"] else "white"
+        axes.plot(row["value"], place, marker="o", markersize=6.5, markeredgewidth=1.6, color=color, mfc=fill)
+
+
+def _distributions(canvas: Canvas, figure: Figure) -> None:
+    count = max(len(figure.rows), 1)
+    panels = canvas.subplots(count, 1, sharex=True, sharey=True, squeeze=False)
+    for axes, row in zip(panels[:, 0], figure.rows, strict=False):
+        bins = row["bins"]
+        width = 1 / len(bins)
+        axes.bar(
+            [(place + 0.5) * width for place in range(len(bins))], bins, width=width * 0.92, color=BLUE, alpha=0.75
+        )
+        axes.axvline(row["median"], color=ORANGE, linewidth=2)
+        axes.set_title(f"{short(row['label'])} (n = {row['count']:,})", loc="left", fontsize=9, color=INK)
+        axes.set_yticks([])
+        axes.set_xlim(0, 1)
+    panels[-1, 0].set_xlabel(figure.axis)
+
+
+def _costs(canvas: Canvas, figure: Figure) -> None:
+    axes = canvas.subplots()
+    shapes = "osD^vP*X"
+    colors = (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00")
+    for place, row in enumerate(figure.rows):
+        look: dict[str, Any] = {"marker": shapes[place % len(shapes)], "color": colors[place % len(colors)]}
+        axes.plot(row["cost"], row["value"], linestyle="", markersize=8, label=short(row["label"]), **look)
+    axes.set_xlabel(figure.axis)
+    axes.set_ylabel("mean score")
+    axes.spines["left"].set_visible(True)
+    costs = [row["cost"] for row in figure.rows]
+    if min(costs) > 0 and max(costs) / min(costs) > 20:
+        _stretch(axes)
+    else:
+        axes.locator_params(axis="x", nbins=5)
+    axes.margins(0.12)
+    axes.grid()
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def _stretch(axes: Axes) -> None:
+    """Make the x axis logarithmic, its numbers written out: powers need the markup that labels may not have."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _latencies(canvas: Canvas, figure: Figure) -> None:
+    axes = canvas.subplots()
+    for place, row in zip(_labelled(axes, figure), figure.rows, strict=True):
+        axes.plot([row["low"], row["high"]], [place, place], color=GREEN, linewidth=1.4)
+        axes.plot(row["low"], place, marker="o", markersize=6.5, color=GREEN)
+        axes.plot(row["value"], place, marker="|", markersize=11, markeredgewidth=2, color=GREEN)
+        axes.plot(row["high"], place, marker="o", markersize=5.5, color=GREEN, mfc="white")
+    lows, highs = ([row[end] for row in figure.rows] for end in ("low", "high"))
+    if min(lows) > 0 and max(highs) / min(lows) > 20:
+        _stretch(axes)
+    else:
+        axes.set_xlim(left=0)
+
+
+_PAINTERS: dict[str, Callable[[Canvas, Figure], None]] = {
+    "intervals": _intervals,
+    "differences": _differences,
+    "distributions": _distributions,
+    "costs": _costs,
+    "latencies": _latencies,
+}
