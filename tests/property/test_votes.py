@@ -11,7 +11,17 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgharness.gateway.voting import Ballot, Decision, average, elect, label_of, majority_error, measured
+from pgharness.gateway.voting import (
+    Ballot,
+    Decision,
+    average,
+    elect,
+    is_settled,
+    label_of,
+    majority_error,
+    measured,
+    misfit,
+)
 
 QUICK = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
@@ -111,6 +121,19 @@ def test_a_vote_more_for_the_winner_keeps_it_the_winner(rows: list[Any], label: 
     assert more.consensus >= decision.consensus
 
 
+@QUICK
+@given(ROWS, st.sampled_from(["majority", "weighted"]), st.integers(1, 9), st.integers(0, 10))
+def test_a_vote_that_stops_early_claims_no_more_than_all_would(
+    rows: list[Any], vote: str, heard: int, threshold: int
+) -> None:
+    ballots = ballots_of(rows)
+    early, left = elect(ballots[:heard], vote), sum(b.weight if vote == "weighted" else 1 for b in ballots[heard:])
+    if is_settled(early, left, min_consensus=threshold / 10, answers_below=True):
+        whole = elect(ballots, vote)
+        assert whole.winner.label == early.winner.label
+        assert elect(ballots[:heard], vote, left).consensus <= whole.consensus + 1e-9
+
+
 # ---- means -----------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +171,25 @@ def test_a_weight_counts_like_as_many_answers(rows: list[tuple[float, int]], how
     assert abs(weighted - plain) <= 1e-9 * max(1.0, *(abs(value) for value, _ in rows))
 
 
+FORMS: list[dict[str, Any]] = [
+    {"type": ["integer", "null"]},
+    {"anyOf": [{"type": "null"}, {"type": "integer", "minimum": 0}]},
+    {"enum": [1, 3, 5]},
+    {"type": "number", "maximum": 50},
+]
+
+
+@QUICK
+@given(st.lists(st.lists(st.sampled_from([1, 3, 5]), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_means_fit_the_schema_that_the_answers_fit(rows: list[list[int]]) -> None:
+    schema = {"properties": {name: {"anyOf": [form]} for name, form in zip("abcd", FORMS, strict=True)}}
+    ballots = [Ballot(place, "", value=dict(zip("abcd", row, strict=True))) for place, row in enumerate(rows)]
+    for how in ("mean", "median"):
+        result = average(ballots, how, schema).result
+        assert misfit(result, schema) is None
+        assert abs(result["d"] - average(ballots, how).result["d"]) < 1e-9
+
+
 # ---- normalisation and theory ----------------------------------------------------------------------------------------
 
 JSON = st.recursive(
@@ -164,6 +206,14 @@ def test_every_answer_has_one_label_or_none(value: Any, normalise: str) -> None:
     assert label is None or (isinstance(label, str) and label)
     if normalise == "text" and isinstance(value, str) and label is not None:
         assert label_of(f"  {label.upper()}\n", "text") == label_of(label.upper(), "text")
+
+
+@QUICK
+@given(st.integers(-(10**12), 10**12), st.sampled_from([",", "\u00a0", "\u2009", "\u202f"]), st.integers(0, 99))
+def test_a_number_is_read_as_it_was_written(number: int, gap: str, cents: int) -> None:
+    written = f"{number:,}".replace(",", gap)
+    assert label_of(f"It is {written}, or so.", "number") == str(number)
+    assert float(label_of(f"${written}.{cents:02}", "number") or "nan") == float(f"{number}.{cents:02}")
 
 
 @settings(QUICK, max_examples=100)

@@ -13,6 +13,7 @@ import asyncio
 import copy
 import json
 import math
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -51,6 +52,11 @@ class _Poll:
     asked: list[int] = field(default_factory=list)
     unsure: list[int] = field(default_factory=list)  # whose confidence is not known
     used: list[tuple[int, int, int]] = field(default_factory=list)
+
+    @property
+    def unanswered(self) -> list[int]:
+        """Whom it asked and did not wait for."""
+        return [place for place in self.asked if place not in self.answers and place not in self.failures]
 
     @property
     def usage(self) -> Usage:
@@ -156,15 +162,18 @@ class Ensemble:
         if schema is not None and (problem := voting.misfit(completion.data, schema)):
             raise self._unusable(place, completion, problem)
         value = completion.text if completion.data is None else completion.data
-        confidence = 1.0
+        confidence: float | None = 1.0
         if options.confidence != "none":
             completion, value = self._stated(completion, value)
-            confidence = options.default_confidence if completion.confidence is None else completion.confidence
-            if completion.confidence is None:
-                poll.unsure.append(place)
+            confidence = completion.confidence
+        known = options.default_confidence if confidence is None else confidence
         if place != self._arbiter:
             label, value = await self._label(place, completion, value)
-            poll.ballots.append(Ballot(place, label, self._weights[place], confidence, value))
+            if options.strategy == "hedged" and self._count(poll) >= self._needed:
+                return  # another one came first, if by a moment
+            poll.ballots.append(Ballot(place, label, self._weights[place], known, value))
+        if confidence is None:
+            poll.unsure.append(place)
         poll.answers[place] = completion
 
     def _stated(self, completion: Completion, value: Any) -> tuple[Completion, Any]:
@@ -228,21 +237,30 @@ class Ensemble:
         waiting = [place for place, task in enumerate(tasks) if not task.done()]
         if not waiting or len(poll.ballots) < self._needed:
             return
-        left = math.fsum([self._weights[place] for place in waiting]) if options.vote == "weighted" else len(waiting)
         decision = voting.elect(poll.ballots, options.vote)
-        answers_below = options.below == "answer"
+        left, answers_below = self._worth(waiting), options.below == "answer"
         if voting.is_settled(decision, left, min_consensus=self._needed_consensus, answers_below=answers_below):
             for place in waiting:
                 tasks[place].cancel()
+
+    def _worth(self, places: Sequence[int]) -> float:
+        """Return what the ballots of some members are worth together, at most."""
+        return math.fsum([self._weights[place] if self._options.vote == "weighted" else 1.0 for place in places])
+
+    def _count(self, poll: _Poll) -> int:
+        """Return how many answers count: of a mean those of the commonest shape."""
+        if self._options.vote in AVERAGES:
+            return max(Counter([ballot.label for ballot in poll.ballots]).values(), default=0)
+        return len(poll.ballots)
 
     async def _ask_in_turn(self, poll: _Poll, is_enough: Callable[[_Poll], Awaitable[bool]]) -> None:
         """Ask one member after the other until that is enough, or too few are left to be enough."""
         needed, asked = self._needed, self._asked
         for place in range(asked):
-            if len(poll.ballots) + asked - place < needed and self._options.below != "answer":
+            if self._count(poll) + asked - place < needed and self._options.below != "answer":
                 return
             await self._ask(poll, place)
-            if place in poll.answers and len(poll.ballots) >= needed and await is_enough(poll):
+            if place in poll.answers and self._count(poll) >= needed and await is_enough(poll):
                 return
 
     async def _is_agreed(self, poll: _Poll) -> bool:
@@ -262,7 +280,7 @@ class Ensemble:
         async with asyncio.TaskGroup() as group:
             running: set[asyncio.Task[None]] = set()
             place, due = 0, clock()
-            while len(poll.ballots) < self._needed and (running or place < asked):
+            while self._count(poll) < self._needed and (running or place < asked):
                 if place < asked and (not running or clock() >= due):
                     running.add(group.create_task(self._ask(poll, place)))
                     place, due = place + 1, clock() + delay
@@ -303,7 +321,8 @@ class Ensemble:
         if self._options.vote in AVERAGES:
             return voting.average(poll.ballots, self._options.vote, poll.request.schema)
         if self._vote is None:
-            return voting.elect(poll.ballots, self._options.vote)
+            left = self._worth(poll.unanswered) if self._options.stops_early else 0.0
+            return voting.elect(poll.ballots, self._options.vote, left)
         ballots = sorted(poll.ballots, key=lambda ballot: ballot.place)
         return _decision(ballots, await self._vote.of([self._response(poll, ballot) for ballot in ballots]))
 
@@ -384,7 +403,7 @@ class Ensemble:
             {"member": names[place], "outcome": error.outcome, "error": _short(str(error))}
             for place, error in sorted(poll.failures.items())
         ]
-        if stopped := [place for place in poll.asked if place not in poll.answers and place not in poll.failures]:
+        if stopped := poll.unanswered:
             told["cancelled"] = [names[place] for place in stopped]
         if poll.unsure:
             told["without_confidence"] = [names[place] for place in sorted(poll.unsure)]

@@ -51,28 +51,38 @@ class Decision:
 
 # ---- normalisation ---------------------------------------------------------------------------------------------------
 
-# a sign after a word or a number is a hyphen or a range: the last number of "3-4 days" is 4
-_NUMBER = re.compile(r"((?<!\w)[-+])?(?:[$€£¥]\s?)?(\d[\d,]*(?:\.\d+)?|\.\d+)([eE][-+]?\d+)?")
-_NOT = r"(?:\bnot|n['\u2019]t)"
+_GAP = "\u00a0\u2007\u2009\u202f"  # no-break and thin spaces, which part thousands as commas do
+# Figures that belong together, whether or not they are a number; a plain space may part thousands, too, or two numbers.
+# A sign after a word or a number is a hyphen or a range: the last number of "3-4 days" is 4.
+_FIGURES = re.compile(
+    r"((?<!\w)[-+])?(?:[$€£¥]\s?)?"
+    rf"((?:(?<!\.)\.)?\d(?:(?:[.,]+|[{_GAP}]|(?<!\d{{4}}) (?=\d{{3}}(?!\d)))?\d)*)([eE][-+]?\d+)?"
+)
+_DIGITS = re.compile(rf"(?:[1-9]\d{{0,2}}(?:[,{_GAP}]\d{{3}})+|\d+)?(?:\.\d+)?")
+_UNGROUPED = str.maketrans("", "", f",{_GAP}")
+_NOT = r"(?:\b(?:can)?not|n['\u2019]t)"
 _DECISIVE = re.compile(
     r"(?P<uncertain>\b(?:maybe|perhaps|possibly|unsure|uncertain|unclear|unknown|undecided)\b"
-    rf"|{_NOT} (?:sure|certain|know)\b)"
-    rf"|(?P<negation>{_NOT}\s+)?\b(?:(?P<yes>yes|yep|yeah|true|correct|affirmative)|no|nope|false|incorrect|wrong)\b",
+    r"|\bno\s+(?:idea|clue|opinion|answer|way\s+(?:to|of)\s+(?:know|tell|say)\w*)\b"
+    rf"|{_NOT}\s+(?:be\s+)?(?:sure|certain|known?|sa(?:y|id)|tell|told|answer(?:ed)?|determined?|decided?)\b)"
+    rf"|(?P<negation>{_NOT}\s+(?:be\s+)?)?\b(?:(?P<yes>yes|yep|yeah|true|correct|affirmative)"
+    r"|no(?!\s+(?:doubt|question|problem|trouble|matter)\b)|nope|false|incorrect|wrong)\b",
     re.IGNORECASE,
 )
-_TERSE = {"y": True, "t": True, "1": True, "n": False, "f": False, "0": False}
-_STATED = re.compile(
-    r"[\s*_#>-]*confidence[^\n:=]{0,40}[:=][\s*_]*(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<percent>%?)[\s*_.]*",
-    re.IGNORECASE,
-)
+_TERSE = {"y": True, "t": True, "1": True, "1.0": True, "n": False, "f": False, "0": False, "0.0": False}
+_SHARE = r"(?P<number>\d+(?:\.\d+)?|\.\d+)(?:\s*(?:(?P<percent>%)|(?:/|out of)\s*(?P<whole>[1-9]\d{0,2})))?"
+_SHARE_ALONE = re.compile(rf"[^\d.,+-]*{_SHARE}\D*", re.IGNORECASE)  # "about 80%", but no range
+_STATED = re.compile(rf"[\s*_#>-]*confidence[^\n:=]{{0,40}}[:=][\s*_]*{_SHARE}[\s*_.]*", re.IGNORECASE)
 
 
 def label_of(value: Any, normalise: str) -> str | None:
     """Return the label of an answer (text, or JSON), or None for one that holds nothing of the kind asked for.
 
     - text: case and white space do not count, in the texts of JSON neither
-    - number: the last number of the text; currency signs and thousands' commas do not count
-    - boolean: the first word that says yes or no (true, correct, wrong, ...), "not" before it counted
+    - number: the last number of the text; currency signs and thousands' commas do not count. Where its last figures are
+      no number (1,5 or 1 000 or 1.2.3) it holds none: which one was meant is a guess
+    - boolean: the first word that says yes or no (true, correct, wrong, ...), "not" before it counted; none where words
+      before it say that nobody knows
     - json: the JSON that the text is, in a Markdown fence or not, whatever the order of keys
     - none: as it is
     """
@@ -97,11 +107,11 @@ def label_of(value: Any, normalise: str) -> str | None:
 def number_of(value: Any) -> float | None:
     """Return the number that an answer is, or the last one of its text; None where there is none."""
     if isinstance(value, str):
-        found = deque(_NUMBER.finditer(value.replace("\N{MINUS SIGN}", "-")), maxlen=1)
-        if not found:
+        found = deque(_FIGURES.finditer(value.replace("\N{MINUS SIGN}", "-")), maxlen=1)
+        if not found or not _DIGITS.fullmatch(found[0][2]):
             return None
         sign, digits, power = found[0].groups("")
-        value = float(f"{sign}{digits.replace(',', '')}{power}")
+        value = float(f"{sign}{digits.translate(_UNGROUPED)}{power}")
     elif isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) + 0.0 if abs(value) <= _LARGEST else None  # -0 is 0
@@ -143,30 +153,38 @@ def _plainly(value: Any, text: Callable[[str], str]) -> Any:
 def stated_confidence(text: str, data: Any) -> tuple[float | None, str]:
     """Return the confidence that an answer states of itself, and its text without the line that does.
 
-    It is the field `confidence` of JSON, else a last line such as "confidence: 0.8" or "Confidence: 80%".
+    It is the field `confidence` of JSON, else a last line such as "confidence: 0.8", "Confidence: 80%" or one that ends
+    in 9/10. A bare number above 10 is a percentage; one above 1 may be of 5, 10 or 100, so it is not known.
     """
     if data is not None:
         stated = data.get("confidence") if isinstance(data, Mapping) else None
-        number = number_of(stated)
-        is_percent = isinstance(stated, str) and "%" in stated
+        if not isinstance(stated, str):
+            return _share(number_of(stated)), text
+        found = _SHARE_ALONE.fullmatch(stated)
     else:
         body, _, last = text.rstrip().rpartition("\n")
         found = _STATED.fullmatch(last)
-        if found is None:
-            return None, text
-        number, is_percent, text = float(found["number"]), bool(found["percent"]), body.rstrip()
-    if number is not None and (is_percent or number > 1):
-        number /= 100
-    return (number if number is not None and 0 <= number <= 1 else None), text
+        text = text if found is None else body.rstrip()
+    if found is None:
+        return None, text
+    return _share(float(found["number"]), 100.0 if found["percent"] else float(found["whole"] or 0)), text
+
+
+def _share(number: float | None, whole: float = 0.0) -> float | None:
+    if number is None:
+        return None
+    share = number / (whole or (100.0 if number > 10 else 1.0))
+    return share if 0 <= share <= 1 else None
 
 
 # ---- votes -----------------------------------------------------------------------------------------------------------
 
 
-def elect(ballots: Sequence[Ballot], vote: str) -> Decision:
+def elect(ballots: Sequence[Ballot], vote: str, left: float = 0.0) -> Decision:
     """Decide a vote by majority (or unanimous), weighted or best_confidence; there has to be a ballot.
 
     The consensus is the winner's share of the ballots, of the weights (each times its confidence), or its confidence.
+    With ballots that were not waited for, worth at most `left` together, it is the share that is certain without them.
     The winner is the first of its label in the members' order, by best_confidence the most confident one.
     """
     groups: dict[str, list[Ballot]] = {}
@@ -189,7 +207,7 @@ def elect(ballots: Sequence[Ballot], vote: str) -> Decision:
         winner = max(groups[label], key=lambda ballot: ballot.confidence)
         consensus = winner.confidence
     else:
-        total = math.fsum(votes.values())
+        total = math.fsum(votes.values()) + left
         consensus = min(votes[label] / total, 1.0) if total else 0.0
     return Decision(winner, consensus, votes, tuple(tied) if len(tied) > 1 else ())
 
@@ -244,7 +262,7 @@ def _shape(value: Any) -> Any:
         return [_shape(inner) for inner in value]
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
-    if abs(value) > _LARGEST:
+    if not abs(value) <= _LARGEST:  # NaN is not
         raise ValueError("too large")
     return "#"
 
@@ -253,7 +271,8 @@ def average(ballots: Sequence[Ballot], how: str, schema: Mapping[str, Any] | Non
     """Return the weighted mean or median, number by number; labels are shapes, and those of the commonest count.
 
     Each ballot counts with its weight times its confidence. What is no number is taken from the winner: the ballot
-    whose numbers are nearest to the result, the first of several. Where `schema` asks for integers they are rounded.
+    whose numbers are nearest to the result, the first of several. A number that `schema` does not allow is rounded, and
+    is the winner's where that is not allowed either.
 
     A deviation is the mean over the numbers of |x - result| / largest |x| of all; the consensus is 1 less their mean,
     so it is 1 where all agree, and 0 where they are as far apart as numbers of that size can be.
@@ -274,11 +293,14 @@ def average(ballots: Sequence[Ballot], how: str, schema: Mapping[str, Any] | Non
     ]
     nearest = min(range(len(ordered)), key=deviations.__getitem__)
     winner = ordered[nearest]
+    result = _rebuilt(winner.value, iter(averages), schema, schema or {})
+    if schema and misfit(result, schema):
+        result = winner.value
     return Decision(
         winner,
         min(max(1 - math.fsum(deviations) / len(deviations), 0.0), 1.0),
         {},
-        result=_rebuilt(winner.value, iter(averages), schema, schema or {}),
+        result=result,
         deviations={ballot.place: deviation for ballot, deviation in zip(ordered, deviations, strict=True)},
     )
 
@@ -296,20 +318,29 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _rebuilt(value: Any, numbers: Iterator[float], schema: Any, root: Mapping[str, Any]) -> Any:
-    """Return a copy of JSON with other numbers."""
-    schema = _resolved(schema, root)
+    """Return a copy of JSON with other numbers: each exact, else rounded, else as it was, as the schema allows."""
     if isinstance(value, Mapping):
-        properties = schema.get("properties", {})
-        new = {name: _rebuilt(value[name], numbers, properties.get(name), root) for name in sorted(value)}
+        form = _form(value, schema, root)
+        named, others = form.get("properties", {}), form.get("additionalProperties")
+        new = {name: _rebuilt(value[name], numbers, named.get(name, others), root) for name in sorted(value)}
         return {name: new[name] for name in value}
     if isinstance(value, list):
-        return [_rebuilt(inner, numbers, schema.get("items"), root) for inner in value]
+        items = _form(value, schema, root).get("items")
+        return [_rebuilt(inner, numbers, items, root) for inner in value]
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     number = next(numbers)
-    if schema.get("type") == "integer":
-        return round(number)
-    return int(number) if number.is_integer() and abs(number) < 1e15 else number
+    exact = int(number) if number.is_integer() and abs(number) < 2**63 else number
+    return next((new for new in (exact, round(number)) if not _misfit(new, schema, root)), value)
+
+
+def _form(value: Any, schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a schema together with the one of its forms (anyOf, oneOf) that JSON has."""
+    form = _resolved(schema, root)
+    for choice in form.get("anyOf") or form.get("oneOf") or ():
+        if not _misfit(value, choice, root):
+            return {**form, **_form(value, choice, root)}
+    return form
 
 
 def _mean(numbers: Sequence[float], weights: Sequence[float]) -> float:
@@ -338,7 +369,7 @@ _TYPES: Mapping[str, Callable[[Any], bool]] = {
     "boolean": lambda value: isinstance(value, bool),
     "null": lambda value: value is None,
     "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
-    "integer": lambda value: not isinstance(value, bool) and isinstance(value, int | float) and value == int(value),
+    "integer": lambda value: value.is_integer() if isinstance(value, float) else type(value) is int,
 }
 # what each keyword limits, of values of which type, and whether it is kept
 _BOUNDS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {

@@ -328,6 +328,51 @@ def test_an_answer_of_another_shape_is_left_out_of_a_mean() -> None:
     assert isinstance(error, InsufficientResponses)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "options", "asks", "mean"),
+    [
+        (["a", "ab", "a", "a"], {"strategy": "sequential"}, "abc", {"a": 1}),
+        (["ab", "a", "ab", "a"], {"strategy": "sequential", "min_responses": 2}, "abc", {"a": 1, "b": 1}),
+        (
+            ["a", "ab", "a", "a"],
+            {"strategy": "cascade", "confidence": "stated", "default_confidence": 1},
+            "a",
+            {"a": 1},
+        ),
+        (
+            ["a", "ab", "a", "a"],
+            {"strategy": "cascade", "confidence": "stated", "default_confidence": 1, "min_responses": 2},
+            "abc",
+            {"a": 1},
+        ),
+        (["a", "ab", "a", "a"], {"strategy": "hedged", "min_responses": 2}, "abc", {"a": 1}),
+    ],
+)
+def test_answers_of_another_shape_are_not_enough_for_a_mean(
+    shapes: Sequence[str], options: dict[str, Any], asks: str, mean: dict[str, int]
+) -> None:
+    members = [scripted(name, dict.fromkeys(keys, 1)) for name, keys in zip("abcd", shapes, strict=True)]
+    options = {"vote": "mean", **options}
+    completion, told = answer(members, **options)
+    assert (asked(members), completion.data, told["responses"]) == (asks, mean, len(told["deviations"]))
+
+
+def test_asking_in_turn_for_a_mean_stops_where_too_few_of_one_shape_are_left() -> None:
+    members = [scripted(name, {name: 1}) for name in "abcde"]
+    error, _ = failure(members, vote="mean", strategy="sequential", min_responses=3)
+    assert (isinstance(error, InsufficientResponses), asked(members)) == (True, "abcd")
+
+
+def test_a_number_that_is_not_finite_does_not_fit_where_an_integer_is_asked_for() -> None:
+    schema = {"type": "object", "properties": {"s": {"type": "integer"}}}
+    members = [scripted(name, {"s": s}) for name, s in zip("abcd", (1, float("inf"), float("nan"), 1), strict=True)]
+    _, told = answer(members, Request(messages=(), schema=schema))
+    assert [(found["outcome"], found["error"]) for found in told["failures"]] == [
+        ("invalid_output", "b: the answer.s is no integer"),
+        ("invalid_output", "c: the answer.s is no integer"),
+    ]
+
+
 # ---- failures and thresholds -----------------------------------------------------------------------------------------
 
 
@@ -462,6 +507,38 @@ def test_members_that_cannot_change_the_outcome_are_cancelled_where_that_is_want
     assert (completion.text, seconds) == ("b", 2)
 
 
+@pytest.mark.parametrize(
+    ("texts", "options", "stopped_at", "consensus"),
+    [
+        ("xxxyy", {"min_consensus": 0.6}, 3, (0.6, 0.6)),
+        ("xxxxx", {}, 3, (0.6, 1.0)),  # only the share that is certain, and that may be too little
+        ("xyxxz", {}, 4, (0.6, 0.6)),
+        (
+            "xxyzz",
+            {"vote": "weighted", "weights": dict(zip("abcde", (4.0, 2.0, 1.0, 1.0, 1.0), strict=True))},
+            3,
+            (6 / 9,) * 2,
+        ),
+    ],
+)
+def test_a_vote_that_stopped_early_does_not_count_on_whom_it_did_not_hear(
+    texts: str, options: dict[str, Any], stopped_at: int, consensus: tuple[float, float]
+) -> None:
+    def members() -> list[Scripted]:
+        return [scripted(name, text, seconds=n) for n, (name, text) in enumerate(zip("abcde", texts, strict=True), 1)]
+
+    early, seconds = timed(members(), stops_early=True, **options)
+    whole, _ = timed(members(), **options)
+    assert (seconds, early.text, whole.text) == (stopped_at, "x", "x")
+    assert (early.confidence, whole.confidence) == pytest.approx(consensus)
+
+
+def test_members_that_failed_are_no_part_of_what_is_certain() -> None:
+    members = [scripted("a", ServerFailed("x")), *[scripted(name, seconds=n) for n, name in enumerate("bcd")]]
+    completion, told = answer(members, stops_early=True)
+    assert (told["cancelled"], completion.confidence) == (["d"], pytest.approx(2 / 3))
+
+
 def test_a_vote_that_cannot_be_unanimous_stops_early() -> None:
     members = [
         scripted("a", "x", seconds=1),
@@ -551,6 +628,21 @@ def test_a_backup_is_asked_when_no_answer_comes(
     completion, took = timed(members, strategy="hedged", **options)
     assert (completion.text, took) == ("yes", seconds)
     assert ([member.began for member in members], [member.ends for member in members]) == (began, ends)
+
+
+@pytest.mark.parametrize("delays", [(0, 0, 0), (3, 3, 9), (5, 4, 3)])
+@pytest.mark.parametrize("needed", [1, 2])
+def test_an_answer_that_comes_in_the_same_moment_as_the_first_has_no_vote(delays: Sequence[float], needed: int) -> None:
+    members = [
+        scripted(name, sure(text, None), seconds=delay)
+        for name, text, delay in zip("abc", ("x", "x" if needed == 2 else "y", "z"), delays, strict=True)
+    ]
+    hedged = {"strategy": "hedged", "hedge_delay_seconds": 0 if delays[0] < 5 else 1}
+    completion, told = answer(members, **hedged, min_responses=needed, confidence="reported", default_confidence=0.4)
+    assert (completion.text, completion.confidence, told["tie"]) == ("x", 1.0, False)
+    assert (told["responses"], told["failures"]) == (needed, [])
+    assert told["cancelled"] == ["a", "b", "c"][needed:]
+    assert told["without_confidence"] == ["a", "b", "c"][:needed]
 
 
 def test_a_backup_is_asked_at_once_when_all_before_it_failed() -> None:

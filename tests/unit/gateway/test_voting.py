@@ -41,13 +41,21 @@ def ballots(*labels: str, **columns: list[float]) -> list[Ballot]:
         ("text", ["Zürich", "zu\u0308rich"]),
         ("text", [{"answer": "Paris", "n": 1}, {"n": 1.0, "answer": " paris"}]),
         ("number", ["72", "72.0", "#### 72", "$72", "It is 2 x 36 = 72.", "7.2e1", 72, 72.0, "+72"]),
-        ("number", ["1,234.5", "€ 1,234.5", 1234.5]),
+        ("number", ["1,234.5", "€ 1,234.5", "1\u00a0234.5", "1\u202f234.5", "1\u2009234.5", 1234.5]),
+        ("number", ["1,234,567", "1\u202f234\u202f567 people", "from 1,000 to 1,234,567.0"]),
+        ("number", ["5", "1, 2, 5", "wait...5", "v1.2.3 has 5 bugs", "in 2020 005", "It is 5, or so", "10:5"]),
         ("number", ["-3", "\N{MINUS SIGN}3", "-$3", "the answer is -3"]),
         ("number", ["0", "-0", "-0.0", 0]),
         (
             "boolean",
             ["Yes", "yes, because it is no trouble", "True.", "1", True, 1, "That is correct", "It isn't false"],
         ),
+        ("boolean", ["yes", "There is no doubt: yes", "No question, it is true", "It cannot be false", "1.0", 1.0]),
+        (
+            "boolean",
+            ["no", "There is no doubt that it is wrong", "It is no longer true", "It cannot be true", "No way!"],
+        ),
+        ("boolean", ["no", "0.0", 0.0]),
         ("boolean", ["No", "no, that is not correct", "FALSE", "0", False, 0, "That is not true", "incorrect", "n"]),
         ("json", ['{"a": 1, "b": [2]}', '```json\n{"b": [2.0], "a": 1}\n```', {"b": [2], "a": 1}]),
         ("none", ["Paris", "Paris"]),
@@ -81,7 +89,14 @@ def test_answers_that_differ_have_two_labels(normalise: str, one: Any, other: An
         *[("text", ""), ("text", " \n"), ("none", "")],
         *[("number", "seven"), ("number", "1e999"), ("number", True), ("number", None), ("number", [72])],
         *[("boolean", "maybe"), ("boolean", "I am not sure, yes?"), ("boolean", "I don't know"), ("boolean", "cat")],
+        *[("number", text) for text in ("1,2,3", "1,5", "5,,6", "1.000,50", "1 000", "1 234 567", "1.2.3", "0,123")],
+        *[("number", text) for text in ("12,345,6", "1..10", "10 options, of which 1,5", "1\u00a0000,5")],
         *[("boolean", "It is unclear whether yes"), ("boolean", 2), ("boolean", None)],
+        *[
+            ("boolean", text)
+            for text in ("I have no idea", "I've no clue: yes?", "no way to tell", "No doubt", "No answer")
+        ],
+        *[("boolean", text) for text in ("I cannot say no", "can't say", "It can not be determined. No?", "not known")],
         *[("json", "{"), ("json", "NaN"), ("json", "the answer is 4"), ("json", "[" * 100_000)],
     ],
 )
@@ -98,10 +113,29 @@ def test_an_answer_without_what_is_asked_for_has_no_label(normalise: str, value:
         ("Paris\nconfidence: 85", None, 0.85, "Paris"),
         ("confidence: 1", None, 1.0, ""),
         ("Paris\nconfidence: 120", None, None, "Paris"),
+        ("Paris\nconfidence: 5", None, None, "Paris"),
+        ("Paris\nconfidence: 1.2", None, None, "Paris"),
+        ("Paris\nconfidence: 10", None, None, "Paris"),
+        ("Paris\nconfidence: 10.5", None, 0.105, "Paris"),
+        ("Paris\nconfidence: 5%", None, 0.05, "Paris"),
+        ("Paris\nConfidence: **9/10**", None, 0.9, "Paris"),
+        ("Paris\nconfidence: 4 out of 5", None, 0.8, "Paris"),
+        ("Paris\nconfidence: 90 / 100", None, 0.9, "Paris"),
+        ("Paris\nconfidence: 11/10", None, None, "Paris"),
         ("confidence: 0.8\nParis", None, None, "confidence: 0.8\nParis"),
         ("Paris", None, None, "Paris"),
         ("{}", {"confidence": 0.3}, 0.3, "{}"),
         ("{}", {"confidence": "90%"}, 0.9, "{}"),
+        ("{}", {"confidence": "about 90% sure"}, 0.9, "{}"),
+        ("{}", {"confidence": "9/10"}, 0.9, "{}"),
+        ("{}", {"confidence": "0.8"}, 0.8, "{}"),
+        ("{}", {"confidence": 85}, 0.85, "{}"),
+        ("{}", {"confidence": 5}, None, "{}"),
+        ("{}", {"confidence": 1.2}, None, "{}"),
+        ("{}", {"confidence": -0.3}, None, "{}"),
+        ("{}", {"confidence": "-0.3"}, None, "{}"),
+        ("{}", {"confidence": "between 0.2 and 0.9"}, None, "{}"),
+        ("{}", {"confidence": float("nan")}, None, "{}"),
         ("{}", {"confidence": "high"}, None, "{}"),
         ("{}", {"confidence": True}, None, "{}"),
         ("{}", {"answer": 4}, None, "{}"),
@@ -133,6 +167,12 @@ def test_weights_and_confidences_multiply() -> None:
     assert decision.winner.label == "b"
     assert decision.votes == pytest.approx({"a": 1.0, "b": 1.2})
     assert decision.consensus == pytest.approx(1.2 / 2.2)
+
+
+def test_what_was_not_waited_for_is_not_part_of_a_consensus() -> None:
+    assert elect(ballots("a", "a", "a"), "majority", 2).consensus == 0.6
+    assert elect(ballots("a", "b", weight=[3, 1]), "weighted", 2).consensus == 0.5
+    assert elect(ballots("a", "b", confidence=[0.8, 0.6]), "best_confidence", 2).consensus == 0.8
 
 
 def test_weights_that_differ_by_rounding_alone_are_a_tie() -> None:
@@ -248,13 +288,63 @@ def test_integers_stay_integers_where_the_schema_asks_for_them() -> None:
     assert average(numbers(*values), "mean", schema).result == {"l": [2, 6], "n": 2, "x": pytest.approx(7 / 3)}
 
 
+@pytest.mark.parametrize(
+    ("schema", "values", "result"),
+    [
+        ({"type": ["integer", "null"]}, (10, 20, 79), 36),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, (10, 20, 79), 36),
+        ({"oneOf": [{"type": "null"}, {"$ref": "#/$defs/count"}]}, (10, 20, 79), 36),
+        ({"anyOf": [{"type": "integer"}, {"type": "number"}]}, (1, 2), 1.5),
+        ({"type": ["number", "null"]}, (1, 2), 1.5),
+        ({"enum": [1, 3, 5]}, (1, 5, 5), 5),  # 3.67, and 4, are not allowed
+        ({"enum": [1, 3, 5]}, (1, 5), 3),
+        ({"type": "integer", "minimum": 2}, (2, 3), 2),
+        ({"type": "number", "enum": [0.5, 1.5]}, (0.5, 0.5, 1.5), 0.5),
+        ({"type": "integer"}, (2 * 10**15, 4 * 10**15), 3 * 10**15),
+    ],
+)
+def test_a_mean_fits_the_schema(schema: dict[str, Any], values: tuple[float, ...], result: float) -> None:
+    whole = {"properties": {"a": schema}, "$defs": {"count": {"type": "integer"}}}
+    found = average(numbers(*[{"a": value} for value in values]), "mean", whole).result["a"]
+    assert (found, type(found)) == (result, type(result))
+    jsonschema.validate({"a": found}, whole)
+
+
+def test_a_mean_fits_the_schema_within_forms_and_free_keys() -> None:
+    schema = {
+        "properties": {
+            "inner": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/inner"}]},
+            "free": {"type": "object", "additionalProperties": {"type": "integer"}},
+        },
+        "$defs": {
+            "inner": {
+                "type": "object",
+                "oneOf": [{"required": ["m"]}, {"required": ["n"]}],
+                "properties": {"n": {"items": {"type": "integer"}}},
+            }
+        },
+    }
+    values = [{"inner": {"n": [n]}, "free": {"x": n}} for n in (1, 2, 2)]
+    assert average(numbers(*values), "mean", schema).result == {"inner": {"n": [2]}, "free": {"x": 2}}
+
+
+def test_a_mean_that_fits_no_form_is_the_answer_of_the_nearest() -> None:
+    low = {"properties": {"n": {"maximum": 1}, "m": {"maximum": 0}}}
+    high = {"properties": {"n": {"minimum": 10}, "m": {"minimum": 10}}}
+    values = [{"n": 12, "m": 12}, {"n": 1, "m": 0}]
+    decision = average(numbers(*values), "mean", {"oneOf": [low, high], "properties": {"m": {}}})
+    assert (decision.winner.place, decision.result) == (0, values[0])
+
+
 def test_only_answers_of_the_commonest_shape_are_averaged() -> None:
     decision = average(numbers({"a": 1}, {"a": 2, "b": 2}, {"a": 3}), "mean")
     assert decision.result == {"a": 2}
     assert set(decision.deviations) == {0, 2}
 
 
-@pytest.mark.parametrize("value", ["none", {"#": "x"}, [], None, True, 1e200, {"a": 10**400}, "[" * 100_000])
+@pytest.mark.parametrize(
+    "value", ["none", {"#": "x"}, [], None, True, 1e200, float("nan"), {"a": 10**400}, "[" * 100_000]
+)
 def test_nothing_is_averaged_without_numbers_that_can_be(value: Any) -> None:
     assert measured(value, "text") is None
     assert measured(value, "json") is None
@@ -307,6 +397,13 @@ SCHEMA: dict[str, Any] = {
 def test_an_answer_that_does_not_fit_its_schema_is_told(value: Any, problem: str | None) -> None:
     assert misfit(value, SCHEMA) == problem
     assert jsonschema.Draft202012Validator(SCHEMA).is_valid(value) == (problem is None)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_no_finite_number_is_no_integer(value: float) -> None:
+    assert misfit({"s": value}, {"properties": {"s": {"type": "integer"}}}) == "the answer.s is no integer"
+    assert misfit({"name": "x", "rank": value}, SCHEMA) == "the answer.rank fits none of the forms allowed"
+    assert misfit(10**400, {"type": "integer"}) is None
 
 
 # ---- theory ----------------------------------------------------------------------------------------------------------
