@@ -103,6 +103,9 @@ def _watch(session: Session, connection: Connection[Any], run_id: int, workers: 
 
 
 _LOOK_FURTHER = """\
+Is the difference more than chance?      pgharness analyse compare {run_id}
+The whole of it as a page to hand over:  pgharness report {run_id} --out report
+
 Every number is a row. Look further with `pgharness db psql`:
 
   select case_name, combination, rubric_author, mean_score, replication_sd
