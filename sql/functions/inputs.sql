@@ -429,7 +429,17 @@ comment on function pgharness._resolve_model_combinations() is
 create or replace function pgharness._check_models() returns trigger
     language plpgsql volatile security invoker set search_path = pgharness, pg_temp
 as $$
+declare
+    v_providers constant text[] := array['openai', 'openai_responses', 'anthropic', 'gemini', 'openai_compatible', 'simulator', 'command', 'python', 'plugin', 'metric',
+                                         'ensemble', 'hedge'];
 begin
+    if new.provider <> all (v_providers) then
+        raise exception 'provider "%" of model "%" does not exist', new.provider, new.name
+            using errcode = 'PH002', hint = format('Use one of %s.', array_to_string(v_providers, ', '));
+    elsif new.model = '' and new.provider not in ('simulator', 'command', 'python', 'metric', 'ensemble', 'hedge') then
+        raise exception 'model "%" does not say which model of % it is', new.name, new.provider
+            using errcode = 'PH002', hint = 'Give the provider''s own name of it in model, for example (name, provider, model) values (''gpt'', ''openai'', ''...'').';
+    end if;
     if new.api_key_env !~ '^[A-Z][A-Z0-9_]*_(KEY|TOKEN)(_[0-9]+)?( *, *[A-Z][A-Z0-9_]*_(KEY|TOKEN)(_[0-9]+)?)*$' then
         -- before the table's own check, whose message would show the row: somebody may have pasted a key
         raise exception 'api_key_env of model "%" is not the name of an environment variable that ends in _KEY or _TOKEN', new.name
@@ -459,6 +469,23 @@ begin
 end;
 $$;
 comment on function pgharness._check_models() is 'Refuse a model whose provider could never run it (PH002).';
+
+create or replace function pgharness._protect_models() returns trigger
+    language plpgsql volatile security invoker set search_path = pgharness, pg_temp
+as $$
+declare
+    v_composite text;
+begin
+    -- one that is deleted by the same statement is not seen here any more
+    select m.name into v_composite from model_members as mm join models as m on m.id = mm.model_id where mm.member_id = old.id order by m.id limit 1;
+    if v_composite is not null then
+        raise exception 'model "%" is a member of "%" and cannot be deleted', old.name, v_composite
+            using errcode = 'PH003', hint = format('Delete that first, or give it other members: update pgharness.models set parameters = parameters || ''{"members": [...]}'' where name = %L;', v_composite);
+    end if;
+    return old;
+end;
+$$;
+comment on function pgharness._protect_models() is 'Refuse to delete a model that is a member of another (PH003).';
 
 create or replace function pgharness._refuse_secrets(what text, parameters jsonb) returns void
     language plpgsql immutable security invoker set search_path = pgharness, pg_temp
@@ -528,6 +555,8 @@ create or replace trigger _200_protect before delete on pgharness.cases
     for each row execute function pgharness._protect_cases();
 create or replace trigger _100_check before insert or update on pgharness.models
     for each row execute function pgharness._check_models();
+create or replace trigger _200_protect before delete on pgharness.models
+    for each row execute function pgharness._protect_models();
 create or replace trigger _100_resolve before insert or update on pgharness.rubrics
     for each row execute function pgharness._resolve_rubrics();
 create or replace trigger _200_protect before delete on pgharness.rubrics
