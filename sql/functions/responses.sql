@@ -125,6 +125,9 @@ begin
     if purge_responses.older_than is null and purge_responses.model is null then
         raise exception 'neither older_than nor model says which answers to delete'
             using errcode = 'PH002', hint = 'For all of them: select pgharness.purge_responses(older_than => ''0 days'');';
+    elsif purge_responses.older_than < interval '0' then
+        raise exception 'older_than is %: no answer is younger than that', purge_responses.older_than
+            using errcode = 'PH002', hint = 'Say how long answers must not have been used: select pgharness.purge_responses(older_than => ''90 days'');';
     elsif purge_responses.model is not null and not exists (select from models as m where m.name = purge_responses.model)
       and not exists (select from responses as r where r.model = purge_responses.model) then
         raise exception 'model "%" does not exist, and no answer of it is kept', purge_responses.model
@@ -138,7 +141,7 @@ begin
 end;
 $$;
 comment on function pgharness.purge_responses(interval, text) is
-'Delete answers from the response cache: those not used for so long, of one model or of all; returns how many. Runs that they came from keep their notes, and can no longer be replayed. Raises PH001, PH002 (neither is given). Example: select pgharness.purge_responses(older_than => ''90 days'');';
+'Delete answers from the response cache: those not used for so long, of one model or of all; returns how many. Runs that they came from keep their notes, and can no longer be replayed. Raises PH001, PH002 (neither is given, or a negative interval). Example: select pgharness.purge_responses(older_than => ''90 days'');';
 
 create or replace function pgharness._call_savings(run_id bigint) returns table (model_id bigint, calls_cached bigint, calls_made bigint, saved_usd numeric, cost_usd numeric)
     language plpgsql stable security invoker set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan set jit = off

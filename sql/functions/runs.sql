@@ -446,7 +446,7 @@ declare
     v_budget    numeric;
     v_threshold double precision := coalesce(resume_run.failure_threshold, v_run.failure_threshold);
 begin
-    perform _check_settings(budget_usd => nullif(resume_run.budget_usd, 0), failure_threshold => resume_run.failure_threshold);  -- 0 is spent, as is said below
+    perform _check_settings(budget_usd => nullif(greatest(resume_run.budget_usd, 0), 0), failure_threshold => resume_run.failure_threshold);  -- 0 is spent: below
     v_budget := coalesce(resume_run.budget_usd::numeric, v_run.budget_usd);
     if v_run.status = 'completed' then
         raise exception 'run % is already completed', v_run.id

@@ -197,6 +197,8 @@ def test_what_was_not_used_for_long_is_purged(tx: Database) -> None:
         "answer to new",
         "answer to used",
     ]
+    with refused(tx, "PH002", "older_than is -5 days", "'90 days'"):
+        tx.execute("select pgharness.purge_responses(older_than => '-5 days')")
     assert value(tx, "select pgharness.purge_responses(older_than => '0 days')") == 2
     with refused(tx, "PH002", "neither older_than nor model", "0 days"):
         tx.execute("select pgharness.purge_responses()")
