@@ -463,12 +463,47 @@ begin
         raise exception 'model "%": parameters.command is missing', new.name
             using errcode = 'PH002', hint = 'Give the program as an array: {"command": ["python", "generate.py"], "repository": "..."}.';
     elsif new.provider in ('ensemble', 'hedge') then
+        perform _refuse_idle(new);
         perform _check_composite(new);
     end if;
     return new;
 end;
 $$;
 comment on function pgharness._check_models() is 'Refuse a model whose provider could never run it (PH002).';
+
+create or replace function pgharness._refuse_idle(composite pgharness.models) returns void
+    language plpgsql immutable security invoker set search_path = pgharness, pg_temp
+as $$
+declare
+    v_column text;
+begin
+    select each.name into v_column from (values
+        ('model', (composite).model <> ''), ('base_url', (composite).base_url is not null), ('api_key_env', (composite).api_key_env is not null),
+        ('input_usd_per_million', (composite).input_usd_per_million is not null), ('output_usd_per_million', (composite).output_usd_per_million is not null),
+        ('cached_input_usd_per_million', (composite).cached_input_usd_per_million is not null)) as each (name, is_given) where each.is_given limit 1;
+    if v_column is not null then
+        raise exception 'model "%": % of % would do nothing', (composite).name, v_column, case (composite).provider when 'ensemble' then 'an ensemble' else 'a hedge' end
+            using errcode = 'PH002', hint = format('It only asks its members: set %s of those.', v_column);
+    end if;
+end;
+$$;
+comment on function pgharness._refuse_idle(pgharness.models) is 'Refuse what a composite does not have of its own: where it is, a key, prices (PH002).';
+
+create or replace function pgharness._check_model_prices() returns trigger
+    language plpgsql volatile security invoker set search_path = pgharness, pg_temp
+as $$
+begin
+    if new.input_usd_per_million is null and new.output_usd_per_million is null and new.cached_input_usd_per_million is null and new.batch_price_factor is null then
+        raise exception 'price of model "%" from % on has no price', new.model, new.valid_from
+            using errcode = 'PH002', hint = 'Give one or more of input_usd_per_million, output_usd_per_million, cached_input_usd_per_million, batch_price_factor; 0 is free.';
+    elsif exists (select from models as m where m.id = new.model_id and m.provider in ('ensemble', 'hedge')) then
+        raise exception 'model "%" has no price of its own: it only asks its members', new.model
+            using errcode = 'PH002', hint = format('Give those prices: select name from pgharness.model_members as mm join pgharness.models as m on m.id = mm.member_id where mm.model_id = %s;', new.model_id);
+    end if;
+    return new;
+end;
+$$;
+comment on function pgharness._check_model_prices() is 'Refuse a price that says nothing, or is of a composite (PH002).';
 
 create or replace function pgharness._protect_models() returns trigger
     language plpgsql volatile security invoker set search_path = pgharness, pg_temp
@@ -555,6 +590,8 @@ create or replace trigger _200_protect before delete on pgharness.cases
     for each row execute function pgharness._protect_cases();
 create or replace trigger _100_check before insert or update on pgharness.models
     for each row execute function pgharness._check_models();
+create or replace trigger _200_check before insert or update on pgharness.model_prices
+    for each row execute function pgharness._check_model_prices();
 create or replace trigger _200_protect before delete on pgharness.models
     for each row execute function pgharness._protect_models();
 create or replace trigger _100_resolve before insert or update on pgharness.rubrics

@@ -48,6 +48,24 @@ def test_a_composite_is_asked_like_any_model_and_shows_what_each_call_was(shell:
         assert _count(connection, "models where name in ('a', 'b', 'c', 'panel')") == 4
 
 
+def test_parameters_that_are_set_count_as_in_a_combination(shell: CommandLine) -> None:
+    for name in ("a", "b", "c"):
+        shell.call("models", "add", name, *CALM)
+    members = [word for name in ("a", "b", "c") for word in ("--member", name)]
+    shell.call("models", "add", "panel", "--provider", "ensemble", *members)
+    told = shell.call("ask", "panel", "A cough?", "--set", "vote=mean", status=1)
+    assert "has no number" in told.err, "what simulators write is no number"
+    told = shell.call("ask", "panel", "A cough?", "--set", "strategy=sequential", "--set", "max_members=1", "--json")
+    assert [call["model"] for call in told.json["calls"]] == ["panel", "a"]
+    refused = shell.call("ask", "panel", "A cough?", "--set", "temperature=1", status=1)
+    assert "temperature: Extra inputs are not permitted" in " ".join(refused.err.split())
+    refused = shell.call("ask", "a", "A cough?", "--set", "latency_secondz=1", status=1)
+    assert "latency_secondz: Extra inputs are not permitted" in " ".join(refused.err.split())
+    assert "cannot exchange members" in shell.call("ask", "panel", "A cough?", "--set", 'members=["a"]', status=1).err
+    refused = shell.call("models", "add", "other", "--provider", "ensemble", *members, "--model", "gpt", status=1)
+    assert "model of an ensemble would do nothing" in " ".join(refused.err.split())
+
+
 def _count(connection: Connection[tuple[int]], table: str) -> int:
     found = connection.execute(f"select count(*) from pgharness.{table}".encode()).fetchone()
     assert found is not None

@@ -61,6 +61,12 @@ WRONG = [
     ("insert into pgharness.models (name, provider) values ('m', 'openai')", "PH002", 'model "m" does not say which model of openai', "own name"),
     ("insert into pgharness.models (name, provider) values ('m', 'hedge')", "PH002", 'model "m": a hedge needs members, in an array', '"members": ['),
     ("insert into pgharness.models (name, provider, parameters) values ('m', 'ensemble', '{\"members\": \"gpt\"}')", "PH002", "an ensemble needs members, in an array", '"members": ['),
+    ("update pgharness.models set input_usd_per_million = 1 where name = 'panel'", "PH002", 'model "panel": input_usd_per_million of an ensemble would do nothing', "of those"),
+    ("update pgharness.models set base_url = 'http://x/v1' where name = 'panel'", "PH002", 'model "panel": base_url of an ensemble', "of those"),
+    ("update pgharness.models set model = 'gpt' where name = 'panel'", "PH002", 'model "panel": model of an ensemble', "of those"),
+    ("update pgharness.models set api_key_env = 'A_KEY' where name = 'panel'", "PH002", 'model "panel": api_key_env of an ensemble', "of those"),
+    ("insert into pgharness.model_prices (model, input_usd_per_million) values ('panel', 1)", "PH002", 'model "panel" has no price of its own', "model_members"),
+    ("insert into pgharness.model_prices (model) values ('simulator')", "PH002", 'price of model "simulator"', "0 is free"),
     ("delete from pgharness.models where name = 'member'", "PH003", 'model "member" is a member of "panel"', "Delete that first"),
     # what a run used
     ("update pgharness.cases set input = '\"x\"' where name = 'trial-1'", "PH003", 'case "trial-1" was used by run "trial/1"', "Insert a new case"),

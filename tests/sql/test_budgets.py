@@ -179,7 +179,7 @@ def test_a_run_takes_the_prices_of_its_start_and_keeps_them(tx: Database) -> Non
 
 
 def test_prices_name_a_model_and_end_after_they_begin(tx: Database) -> None:
-    insert = "insert into pgharness.model_prices (model, valid_from, valid_until) values (%s, '2026-02-01', %s)"
+    insert = "insert into pgharness.model_prices (model, valid_from, valid_until, input_usd_per_million) values (%s, '2026-02-01', %s, 1)"
     with refused(tx, "PH001", "nobody"):
         tx.execute(insert, ("nobody", None))
     with refused(tx, "23514", "model_prices_valid_until_check"):

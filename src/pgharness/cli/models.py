@@ -101,7 +101,10 @@ def ask(
 
     session = session_of(context)
     messages = [*([Message("system", system)] if system else []), Message("user", prompt)]
-    question = Question(messages, read_config(str(schema)) if schema else None, laid_over({}, settings or (), {}), seed)
+    parameters = laid_over({}, settings or (), {})
+    if "members" in parameters:
+        raise InvalidArgument("--set cannot exchange members", hint="Ask another model: pgharness models add --help")
+    question = Question(messages, read_config(str(schema)) if schema else None, parameters, seed)
     with session.connection() as connection:
         names = {row["id"]: row["name"] for row in database.rows(connection, "models")}
     try:
