@@ -43,6 +43,13 @@ def test_a_composite_is_asked_like_any_model_and_shows_what_each_call_was(shell:
     assert told["text"] and 0 < told["composition"]["consensus"] <= 1
     shown = shell.call("ask", "panel", "The patient has had a cough for nine days.").out
     assert told["text"].splitlines()[0] in shown and "consensus" in shown
+    shell.call("models", "add", "outer", "--provider", "hedge", "--member", "panel")
+    shown = shell.call("ask", "outer", "The patient has had a cough for nine days.").out
+    indents = [
+        line[: len(line) - len(line.lstrip())] + line.split()[0] for line in shown.splitlines() if "succeeded" in line
+    ]
+    assert indents[:2] == ["outer", "  panel"] and sorted(indents[2:]) == ["    a", "    b", "    c"]
+    assert "total: " in shown
     with psycopg.connect(url) as connection:
         assert _count(connection, "calls") == 0, "nothing is recorded"
         assert _count(connection, "models where name in ('a', 'b', 'c', 'panel')") == 4

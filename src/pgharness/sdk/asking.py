@@ -13,7 +13,7 @@ from pgharness.settings import Settings
 from pgharness.types import Completer, Completion, Message, ModelSpec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Question:
     """What is asked, and the calls that were made for it: each like a row of `calls`, with the name of its model."""
 
