@@ -12,33 +12,6 @@ create or replace function pgharness._cost_usd(run pgharness.runs) returns numer
 as $$ select (run).note_cost_usd + (run).grade_cost_usd + (run).task_cost_usd; $$;
 comment on function pgharness._cost_usd(pgharness.runs) is 'What a run has cost so far.';
 
-create or replace function pgharness._check_settings(
-    kind text default null, budget_usd double precision default null, priority integer default null, max_concurrency integer default null,
-    batch_deadline_seconds double precision default null, response_cache text default null, failure_threshold double precision default null
-) returns void
-    language plpgsql immutable security invoker set search_path = pgharness, pg_temp
-as $$
-declare
-    v_wrong record;
-begin
-    select * into v_wrong from (values
-        ('kind', kind, kind not in ('trial', 'milestone'), 'trial or milestone'),
-        ('budget_usd', budget_usd::text, not budget_usd between 0.000001 and 999999, 'an amount of USD from 0.000001 to 999999, or null for no budget'),
-        ('priority', priority::text, not priority between -1000 and 1000, 'a number from -1000 to 1000'),
-        ('max_concurrency', max_concurrency::text, max_concurrency < 1, 'a number of calls from 1 on, or null for no cap'),
-        ('batch_deadline_seconds', batch_deadline_seconds::text, batch_deadline_seconds <> 0 and not batch_deadline_seconds between 1 and 2592000,
-         'a number of seconds from 1 to 2592000 (30 days), or 0 to ask live'),
-        ('response_cache', response_cache, response_cache not in ('off', 'read', 'write', 'replay'), 'off, read, write or replay'),
-        ('failure_threshold', failure_threshold::text, not failure_threshold between 0 and 1, 'a share from 0 to 1')
-    ) as each (name, value, is_wrong, allowed) where each.is_wrong limit 1;
-    if found then
-        raise exception '% of a run cannot be "%"', v_wrong.name, v_wrong.value using errcode = 'PH002', hint = format('Give %s.', v_wrong.allowed);
-    end if;
-end;
-$$;
-comment on function pgharness._check_settings(text, double precision, integer, integer, double precision, text, double precision) is
-'Refuse settings that a run cannot have (PH002), before the table does, which would show the whole row; null is any that is not given.';
-
 create or replace function pgharness._plan_run() returns trigger
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$

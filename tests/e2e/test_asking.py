@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from pathlib import Path
+
 import psycopg
 import pytest
 from psycopg import Connection
@@ -71,6 +75,16 @@ def test_parameters_that_are_set_count_as_in_a_combination(shell: CommandLine) -
     assert "cannot exchange members" in shell.call("ask", "panel", "A cough?", "--set", 'members=["a"]', status=1).err
     refused = shell.call("models", "add", "other", "--provider", "ensemble", *members, "--model", "gpt", status=1)
     assert "model of an ensemble would do nothing" in " ".join(refused.err.split())
+
+
+def test_what_the_guide_to_ensembles_asks_is_answered(shell: CommandLine, url: str) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "ensembles.md").read_text()
+    inserts = re.search(r"^```sql\n(insert into pgharness.models.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    asked = re.search(r'^pgharness (ask \w+ ".*")$', guide, re.MULTILINE)
+    assert inserts is not None and asked is not None
+    with psycopg.connect(url) as connection:
+        connection.execute(inserts[1].encode())
+    assert "consensus" in shell.call(*shlex.split(asked[1]), "--set", "max_members=2", "--set", "min_responses=1").out
 
 
 def _count(connection: Connection[tuple[int]], table: str) -> int:
