@@ -299,24 +299,30 @@ create or replace function pgharness.record_submission(worker_id bigint, batch_i
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
-    v_batch batches := _held_batch(record_submission.worker_id, record_submission.batch_id);
+    v_batch batches;
 begin
-    update batches as b
-       set status = 'submitted', external_id = record_submission.external_id, is_ours = record_submission.is_ours, submitted_at = coalesce(b.submitting_at, clock()),
-           worker_id = null, failures = 0, polls = 0, error = null, due_at = clock() + interval '10 seconds'
-     where b.id = v_batch.id;
+    -- known already: to whoever took the batch over and found it, or from a call whose commit was not heard of
+    update batches as b set is_ours = b.is_ours or record_submission.is_ours
+     where b.id = record_submission.batch_id and b.external_id = record_submission.external_id;
+    if not found then
+        v_batch := _held_batch(record_submission.worker_id, record_submission.batch_id);
+        update batches as b
+           set status = 'submitted', external_id = record_submission.external_id, is_ours = record_submission.is_ours, submitted_at = coalesce(b.submitting_at, clock()),
+               worker_id = null, failures = 0, polls = 0, error = null, due_at = clock() + interval '10 seconds'
+         where b.id = v_batch.id;
+        insert into logs (run_id, level, message, data)
+        values (v_batch.run_id, 'info', format('batch %s of %s %ss was submitted', v_batch.id, v_batch.request_count, v_batch.kind),
+                jsonb_build_object('batch', v_batch.id, 'external_id', record_submission.external_id));
+    end if;
     if record_submission.is_ours then                   -- so it is not that of another batch which only looks like it
         update batches as b
            set status = 'submitting', external_id = null, is_ours = null, due_at = clock()
-         where b.external_id = record_submission.external_id and b.is_ours = false and b.status = 'submitted' and b.id <> v_batch.id;
+         where b.external_id = record_submission.external_id and b.is_ours = false and b.status = 'submitted' and b.id <> record_submission.batch_id;
     end if;
-    insert into logs (run_id, level, message, data)
-    values (v_batch.run_id, 'info', format('batch %s of %s %ss was submitted', v_batch.id, v_batch.request_count, v_batch.kind),
-            jsonb_build_object('batch', v_batch.id, 'external_id', record_submission.external_id));
 end;
 $$;
 comment on function pgharness.record_submission(bigint, bigint, text, boolean) is
-'For workers: say that the vendor has a batch, under which id, and whether that is certain to be this one. Raises PH005. Example: select pgharness.record_submission(1, 3, ''batch_abc'');';
+'For workers: say that the vendor has a batch, under which id, and whether that is certain to be this one. Idempotent, whoever holds the batch by now. Raises PH005. Example: select pgharness.record_submission(1, 3, ''batch_abc'');';
 
 create or replace function pgharness.forget_submission(worker_id bigint, batch_id bigint, error text default null) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp

@@ -185,7 +185,7 @@ declare
     v_above  integer;      -- how deep it lies below others
 begin
     if not exists (select from _member_names((composite).parameters)) then
-        raise exception 'model "%": an % needs members', (composite).name, (composite).provider
+        raise exception 'model "%": % needs members, in an array', (composite).name, case (composite).provider when 'ensemble' then 'an ensemble' else 'a hedge' end
             using errcode = 'PH002', hint = 'Name other models: {"members": ["a", "b", "c"]}.';
     end if;
     if exists (select from _member_names((composite).parameters) as m where m.name is null) then

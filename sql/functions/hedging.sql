@@ -40,7 +40,11 @@ begin
                (c.composition ->> 'primary_ms')::double precision as primary_ms, c.composition ? 'primary_is_cut' as is_cut
           from calls as c
          where c.run_id = _hedging_latencies.run_id and c.model_id = _hedging_latencies.model_id and c.kind = _hedging_latencies.kind
-           and c.composition <> '{}' and c.outcome <> 'cached' and (v_step = 1 or hashint8(c.ordinal) % v_step = 0)
+           and c.composition <> '{}' and c.outcome <> 'cached'
+           and not exists (select from calls as k
+                            where k.run_id = c.run_id and k.kind = c.kind and k.ordinal = c.ordinal and k.attempt = c.attempt
+                              and k.parent_started_at = c.started_at and k.outcome = 'cached')
+           and (v_step = 1 or hashint8(c.ordinal) % v_step = 0)
     ), ranked as (
         select s.primary_ms, s.is_cut, count(*) over () - row_number() over (order by s.primary_ms, s.is_cut) + 1 as at_risk
           from sampled as s where s.primary_ms is not null

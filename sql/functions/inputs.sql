@@ -170,6 +170,33 @@ end;
 $$;
 comment on function pgharness._run_id(text) is 'The id of a run given by name, or by id as text. Raises PH001.';
 
+create or replace function pgharness._check_settings(
+    kind text default null, budget_usd double precision default null, priority integer default null, max_concurrency integer default null,
+    batch_deadline_seconds double precision default null, response_cache text default null, failure_threshold double precision default null
+) returns void
+    language plpgsql immutable security invoker set search_path = pgharness, pg_temp
+as $$
+declare
+    v_wrong record;
+begin
+    select * into v_wrong from (values
+        ('kind', kind, kind not in ('trial', 'milestone'), 'trial or milestone'),
+        ('budget_usd', budget_usd::text, not budget_usd between 0.000001 and 999999, 'an amount of USD from 0.000001 to 999999, or null for no budget'),
+        ('priority', priority::text, not priority between -1000 and 1000, 'a number from -1000 to 1000'),
+        ('max_concurrency', max_concurrency::text, max_concurrency < 1, 'a number of calls from 1 on, or null for no cap'),
+        ('batch_deadline_seconds', batch_deadline_seconds::text, batch_deadline_seconds <> 0 and not batch_deadline_seconds between 1 and 2592000,
+         'a number of seconds from 1 to 2592000 (30 days), or 0 to ask live'),
+        ('response_cache', response_cache, response_cache not in ('off', 'read', 'write', 'replay'), 'off, read, write or replay'),
+        ('failure_threshold', failure_threshold::text, not failure_threshold between 0 and 1, 'a share from 0 to 1')
+    ) as each (name, value, is_wrong, allowed) where each.is_wrong limit 1;
+    if found then
+        raise exception '% of a run cannot be "%"', v_wrong.name, v_wrong.value using errcode = 'PH002', hint = format('Give %s.', v_wrong.allowed);
+    end if;
+end;
+$$;
+comment on function pgharness._check_settings(text, double precision, integer, integer, double precision, text, double precision) is
+'Refuse settings that a run cannot have (PH002), before the table does, which would show the whole row; null is any that is not given.';
+
 -- Triggers: a row may be inserted with names, with ids, or with both.
 
 create or replace function pgharness._resolve_instances() returns trigger
@@ -426,90 +453,6 @@ $$;
 comment on function pgharness._resolve_model_combinations() is
 'Fill instance, generator and grader by name or id, and the name; refuse a metric as generator and bad metric options (PH002).';
 
-create or replace function pgharness._check_models() returns trigger
-    language plpgsql volatile security invoker set search_path = pgharness, pg_temp
-as $$
-begin
-    if new.api_key_env !~ '^[A-Z][A-Z0-9_]*_(KEY|TOKEN)(_[0-9]+)?( *, *[A-Z][A-Z0-9_]*_(KEY|TOKEN)(_[0-9]+)?)*$' then
-        -- before the table's own check, whose message would show the row: somebody may have pasted a key
-        raise exception 'api_key_env of model "%" is not the name of an environment variable that ends in _KEY or _TOKEN', new.name
-            using errcode = 'PH002', hint = 'Name the variable that holds the key on the workers, for example OPENAI_API_KEY; the key itself is never stored.';
-    end if;
-    perform _refuse_secrets(format('parameters of model "%s"', new.name), new.parameters);
-    if new.base_url ~ '^https?://[^/?#]*@' then
-        raise exception 'base_url of model "%" holds a user or password', new.name
-            using errcode = 'PH002', hint = 'Leave it out of the address; name the environment variable that holds the key in api_key_env.';
-    end if;
-    if new.provider = 'metric' then
-        perform _check_metric(new.model, new.parameters);
-        if exists (select from model_combinations as mc where mc.generator_id = new.id) then
-            raise exception 'model "%" is the generator of a combination, and a metric writes no notes', new.name
-                using errcode = 'PH003', hint = 'Insert the metric under another name.';
-        end if;
-        if exists (select from model_members as mm where mm.member_id = new.id) then
-            raise exception 'model "%" is a member of %, and a metric answers nothing', new.name,
-                            (select string_agg(format('"%s"', m.name), ', ' order by m.name) from model_members as mm join models as m on m.id = mm.model_id where mm.member_id = new.id)
-                using errcode = 'PH003', hint = 'Insert the metric under another name.';
-        end if;
-    elsif new.provider = 'python' and new.model !~ '^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$' then
-        raise exception 'model "%": "%" does not name a callable', new.name, new.model
-            using errcode = 'PH002', hint = 'Write package.module:function, for example my_models.baseline:write_note.';
-    elsif new.provider = 'command' and jsonb_path_exists(new.parameters, 'strict $.command ? (@.type() == "array" && @.size() > 0)', silent => true) is not true then
-        raise exception 'model "%": parameters.command is missing', new.name
-            using errcode = 'PH002', hint = 'Give the program as an array: {"command": ["python", "generate.py"], "repository": "..."}.';
-    elsif new.provider in ('ensemble', 'hedge') then
-        perform _check_composite(new);
-    end if;
-    return new;
-end;
-$$;
-comment on function pgharness._check_models() is 'Refuse a model whose provider could never run it (PH002).';
-
-create or replace function pgharness._refuse_secrets(what text, parameters jsonb) returns void
-    language plpgsql immutable security invoker set search_path = pgharness, pg_temp
-as $$
-declare
-    v_key text;
-begin
-    select k into v_key from jsonb_object_keys(case when jsonb_typeof(parameters) = 'object' then parameters else '{}' end) as k
-     where k ~* '(^|[_-])(api[_-]?key|token|secret|password|authorization)$' limit 1;
-    if v_key is not null then
-        raise exception '% would store a secret under "%"', _refuse_secrets.what, v_key
-            using errcode = 'PH002', hint = 'Keep it in an environment variable of the workers, and name that in api_key_env (a program: in parameters.environment).';
-    end if;
-end;
-$$;
-comment on function pgharness._refuse_secrets(text, jsonb) is 'Refuse parameters that look like a key, token or password (PH002): no secret is stored.';
-
-create or replace function pgharness._check_metric(metric text, parameters jsonb) returns void
-    language plpgsql stable security invoker set search_path = pgharness, pg_temp
-as $$
-declare
-    v_allowed text[];
-    v_key     text;
-begin
-    if metric ~ '^plugin:.' then
-        return;                                         -- only workers know which are installed, and their options
-    end if;
-    v_allowed := case metric
-        when 'exact_match' then array['ignore_case', 'ignore_space']
-        when 'contains' then array['ignore_case']
-        when 'numeric_match' then array['absolute_tolerance', 'relative_tolerance']
-        when 'regex' then array['pattern', 'ignore_case']
-    end;
-    if v_allowed is null then
-        raise exception 'metric "%" does not exist', metric
-            using errcode = 'PH002', hint = 'Use exact_match, numeric_match, contains or regex, or plugin:NAME for one that is installed where workers run.';
-    end if;
-    select k into v_key from jsonb_object_keys(parameters) as k where k <> all (v_allowed) limit 1;
-    if v_key is not null then
-        raise exception 'metric % has no option "%"', metric, v_key
-            using errcode = 'PH002', hint = format('Its options: %s.', array_to_string(v_allowed, ', '));
-    end if;
-end;
-$$;
-comment on function pgharness._check_metric(text, jsonb) is 'Refuse an unknown metric or option (PH002); those of plugins (plugin:NAME) are for workers to judge.';
-
 create or replace function pgharness._refuse_change() returns trigger
     language plpgsql volatile security invoker set search_path = pgharness, pg_temp
 as $$
@@ -531,8 +474,6 @@ create or replace trigger _100_resolve before insert or update on pgharness.case
     for each row execute function pgharness._resolve_cases();
 create or replace trigger _200_protect before delete on pgharness.cases
     for each row execute function pgharness._protect_cases();
-create or replace trigger _100_check before insert or update on pgharness.models
-    for each row execute function pgharness._check_models();
 create or replace trigger _100_resolve before insert or update on pgharness.rubrics
     for each row execute function pgharness._resolve_rubrics();
 create or replace trigger _200_protect before delete on pgharness.rubrics

@@ -19,7 +19,8 @@ begin
           from unnest(_claim_responses.keys, _claim_responses.seconds) as asked (key, seconds)
          where not exists (select from responses as r where r.key = asked.key)
          order by asked.key                             -- as everywhere, lest two wait for each other
-        on conflict on constraint response_claims_pkey do update set worker_id = excluded.worker_id, expires_at = excluded.expires_at where not _is_claimed(c)
+        on conflict on constraint response_claims_pkey do update set worker_id = excluded.worker_id, expires_at = excluded.expires_at
+            where c.worker_id = excluded.worker_id or not _is_claimed(c)  -- one's own again: whether it was granted may not have been heard
         returning c.key
     )
     select coalesce(array_agg(c.key), '{}') into v_mine from claimed as c;
@@ -29,7 +30,7 @@ begin
 end;
 $$;
 comment on function pgharness._claim_responses(bigint, bytea[], double precision[]) is
-'Claim those of some questions that nobody asks and that have no answer, each for so many seconds; returns which a worker may ask.';
+'Claim those of some questions that nobody asks and that have no answer, each for so many seconds; returns which a worker may ask. What it has claimed before it gets again.';
 
 create or replace function pgharness.seek_responses(worker_id bigint, keys bytea[], claims bytea[] default '{}', seconds double precision[] default '{}')
     returns table (key bytea, state text, answer text, data text, finish_reason text, request_id text, answered_by text, input_tokens integer, output_tokens integer,
@@ -52,7 +53,7 @@ begin
 end;
 $$;
 comment on function pgharness.seek_responses(bigint, bytea[], bytea[], double precision[]) is
-'For workers: what the response cache has for some questions: found, with the answer; else taken (a worker asks it now, and its answer will be kept) or free. A question among the claims that is neither is claimed for so many seconds: mine. Example: select * from pgharness.seek_responses(1, array[sha256(''?'')]);';
+'For workers: what the response cache has for some questions: found, with the answer; else taken (a worker asks it now, and its answer will be kept) or free. A question among the claims that is neither is claimed for so many seconds: mine; again so if the same worker claims it again, which knows itself what it asks. Example: select * from pgharness.seek_responses(1, array[sha256(''?'')]);';
 
 create or replace function pgharness.release_responses(worker_id bigint, keys bytea[]) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -124,6 +125,9 @@ begin
     if purge_responses.older_than is null and purge_responses.model is null then
         raise exception 'neither older_than nor model says which answers to delete'
             using errcode = 'PH002', hint = 'For all of them: select pgharness.purge_responses(older_than => ''0 days'');';
+    elsif purge_responses.older_than < interval '0' then
+        raise exception 'older_than is %: no answer is younger than that', purge_responses.older_than
+            using errcode = 'PH002', hint = 'Say how long answers must not have been used: select pgharness.purge_responses(older_than => ''90 days'');';
     elsif purge_responses.model is not null and not exists (select from models as m where m.name = purge_responses.model)
       and not exists (select from responses as r where r.model = purge_responses.model) then
         raise exception 'model "%" does not exist, and no answer of it is kept', purge_responses.model
@@ -137,7 +141,7 @@ begin
 end;
 $$;
 comment on function pgharness.purge_responses(interval, text) is
-'Delete answers from the response cache: those not used for so long, of one model or of all; returns how many. Runs that they came from keep their notes, and can no longer be replayed. Raises PH001, PH002 (neither is given). Example: select pgharness.purge_responses(older_than => ''90 days'');';
+'Delete answers from the response cache: those not used for so long, of one model or of all; returns how many. Runs that they came from keep their notes, and can no longer be replayed. Raises PH001, PH002 (neither is given, or a negative interval). Example: select pgharness.purge_responses(older_than => ''90 days'');';
 
 create or replace function pgharness._call_savings(run_id bigint) returns table (model_id bigint, calls_cached bigint, calls_made bigint, saved_usd numeric, cost_usd numeric)
     language plpgsql stable security invoker set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan set jit = off

@@ -16,6 +16,7 @@ create or replace function pgharness._plan_run() returns trigger
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 begin
+    perform _check_settings(new.kind, new.budget_usd::double precision, new.priority, new.max_concurrency, new.batch_deadline_seconds, new.response_cache);
     if new.rerun_of_id is not null then
         select r.instance_id, r.instance into new.instance_id, new.instance from runs as r where r.id = new.rerun_of_id;
         perform _check_id('run', new.rerun_of_id, new.instance);
@@ -40,7 +41,7 @@ begin
     return new;
 end;
 $$;
-comment on function pgharness._plan_run() is 'Fill a new run''s instance by name or id, its name, and its budget.';
+comment on function pgharness._plan_run() is 'Fill a new run''s instance by name or id, its name, and its budget; refuse settings that no run can have (PH002).';
 
 create or replace function pgharness._freeze_run() returns trigger
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
@@ -347,6 +348,7 @@ declare
     v_run         record;
     v_id          bigint;
 begin
+    perform _check_settings(budget_usd => start_run.budget_usd);  -- its column could not even hold some
     if start_run.idempotency_key is not null then
         -- two starts with one key: the second waits here for the first
         perform pg_advisory_xact_lock(hashtextextended('pgharness.start_run ' || start_run.idempotency_key, 0));
@@ -367,7 +369,7 @@ begin
 end;
 $$;
 comment on function pgharness.start_run(text, text, text, double precision, integer, text, integer, double precision, text) is
-'Start a run of an instance: freeze what it uses and queue its work, in this transaction. A batch_deadline_seconds takes the place of the instance''s (0 asks live), and so does a response_cache (off, read, write, replay). With an idempotency key a second call returns the first run. Raises PH001, PH003 (nothing to run), PH004 (key used for something else). Example: select run_id from pgharness.start_run(''triage-v2'', kind => ''milestone'');';
+'Start a run of an instance: freeze what it uses and queue its work, in this transaction. A batch_deadline_seconds takes the place of the instance''s (0 asks live), and so does a response_cache (off, read, write, replay). With an idempotency key a second call returns the first run. Raises PH001, PH002, PH003 (nothing to run), PH004 (key used for something else). Example: select run_id from pgharness.start_run(''triage-v2'', kind => ''milestone'');';
 
 create or replace function pgharness.rerun(run_id bigint, kind text default null, idempotency_key text default null, response_cache text default null) returns pgharness.run_receipt
     language plpgsql volatile security invoker set search_path = pgharness, pg_temp
@@ -424,9 +426,11 @@ create or replace function pgharness.resume_run(run_id bigint, budget_usd double
 as $$
 declare
     v_run       runs := _lock_run(resume_run.run_id);
-    v_budget    numeric := coalesce(resume_run.budget_usd::numeric, v_run.budget_usd);
+    v_budget    numeric;
     v_threshold double precision := coalesce(resume_run.failure_threshold, v_run.failure_threshold);
 begin
+    perform _check_settings(budget_usd => nullif(greatest(resume_run.budget_usd, 0), 0), failure_threshold => resume_run.failure_threshold);  -- 0 is spent: below
+    v_budget := coalesce(resume_run.budget_usd::numeric, v_run.budget_usd);
     if v_run.status = 'completed' then
         raise exception 'run % is already completed', v_run.id
             using errcode = 'PH003', hint = format('Try its failed items again: select pgharness.retry_failed(%s); or start anew: select pgharness.rerun(%s);', v_run.id, v_run.id);
@@ -449,7 +453,7 @@ begin
 end;
 $$;
 comment on function pgharness.resume_run(bigint, double precision, double precision) is
-'Continue a paused, cancelled or failed run with what it has not done yet, optionally with another budget or failure threshold. Calls that are still in flight from before may be made twice; their outcome counts once. Idempotent. Raises PH001, PH003 (it is completed, or too much of it failed), PH006 (a budget of the run, its instance or its project is still spent). Example: select pgharness.resume_run(7, budget_usd => 20);';
+'Continue a paused, cancelled or failed run with what it has not done yet, optionally with another budget or failure threshold. Calls that are still in flight from before may be made twice; their outcome counts once. Idempotent. Raises PH001, PH002, PH003 (it is completed, or too much of it failed), PH006 (a budget of the run, its instance or its project is still spent). Example: select pgharness.resume_run(7, budget_usd => 20);';
 
 create or replace function pgharness.adjust_run(run_id bigint, priority integer default null, max_concurrency integer default null)
     returns pgharness.run_receipt
@@ -458,6 +462,7 @@ as $$
 declare
     v_run runs := _lock_run(adjust_run.run_id);
 begin
+    perform _check_settings(priority => adjust_run.priority, max_concurrency => nullif(adjust_run.max_concurrency, 0));
     update runs as r
        set priority = coalesce(adjust_run.priority, r.priority),
            max_concurrency = case when adjust_run.max_concurrency = 0 then null else coalesce(adjust_run.max_concurrency, r.max_concurrency) end
@@ -474,7 +479,7 @@ begin
 end;
 $$;
 comment on function pgharness.adjust_run(bigint, integer, integer) is
-'Change the priority of a run (what is waiting moves in the queue), or how many calls it may have in flight on all workers together (0 removes the cap; a lower one holds once the calls in flight have ended); null leaves a setting as it is. Idempotent. Raises PH001. Example: select pgharness.adjust_run(7, priority => 5, max_concurrency => 20);';
+'Change the priority of a run (what is waiting moves in the queue), or how many calls it may have in flight on all workers together (0 removes the cap; a lower one holds once the calls in flight have ended); null leaves a setting as it is. Idempotent. Raises PH001, PH002. Example: select pgharness.adjust_run(7, priority => 5, max_concurrency => 20);';
 
 create or replace function pgharness.cancel_run(run_id bigint, reason text default 'cancelled by hand') returns pgharness.run_receipt
     language plpgsql volatile security definer set search_path = pgharness, pg_temp

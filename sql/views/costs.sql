@@ -84,16 +84,27 @@ select m.id as model_id, m.name as model, c.kind, c.item_count, c.input_tokens, 
          from (select c.kind, c.outcome, c.input_tokens, c.output_tokens, c.cached_tokens, members.usd as member_usd
                  -- a range, lest the planner walk back through all calls of all models by their id, in search of a model that has none
                  from (select latest.*
-                         from (select c.run_id, c.kind, c.ordinal, c.attempt, c.outcome, c.input_tokens, c.output_tokens, c.cached_tokens, c.parent_started_at
+                         from (select c.run_id, c.kind, c.ordinal, c.attempt, c.outcome, c.input_tokens, c.output_tokens, c.cached_tokens, c.started_at, c.parent_started_at
                                  from pgharness.calls as c where c.model_id between m.id and m.id and c.outcome <> 'cached' order by c.model_id desc, c.id desc limit 2000) as latest
                         where m.provider not in ('ensemble', 'hedge') or latest.parent_started_at is null
                         limit case when m.provider in ('ensemble', 'hedge') then 200 end) as c
                  left join lateral (
-                       -- all that a composite made others do for an item is in the rows beside its own
-                       select sum(pgharness._token_cost(pgharness._priced(x), k.input_tokens, k.output_tokens, k.cached_tokens)) as usd
-                         from pgharness.calls as k join pgharness.models as x on x.id = k.model_id
-                        where m.provider in ('ensemble', 'hedge') and k.run_id = c.run_id and k.kind = c.kind and k.ordinal = c.ordinal and k.attempt = c.attempt
-                          and k.parent_started_at is not null and k.outcome <> 'cached') as members on true) as recent
+                       -- what a composite made others do for this call of its own, and they others: code may ask it often for one item
+                       with recursive below as (
+                           select x.model_id, x.started_at, x.input_tokens, x.output_tokens, x.cached_tokens, x.outcome, 1 as depth
+                             from pgharness.calls as x
+                            where x.run_id = c.run_id and x.kind = c.kind and x.ordinal = c.ordinal and x.attempt = c.attempt
+                              and x.parent_started_at = c.started_at
+                           union all
+                           select x.model_id, x.started_at, x.input_tokens, x.output_tokens, x.cached_tokens, x.outcome, b.depth + 1
+                             from below as b
+                             join pgharness.calls as x on x.run_id = c.run_id and x.kind = c.kind and x.ordinal = c.ordinal
+                                                      and x.attempt = c.attempt and x.parent_started_at = b.started_at
+                            where b.depth < 4
+                       )
+                       select sum(pgharness._token_cost(pgharness._priced(x), b.input_tokens, b.output_tokens, b.cached_tokens)) as usd
+                         from below as b join pgharness.models as x on x.id = b.model_id
+                        where m.provider in ('ensemble', 'hedge') and b.outcome <> 'cached') as members on true) as recent
         group by recent.kind
        having count(*) filter (where recent.outcome = 'succeeded') > 0) as c;
 comment on view pgharness.model_usage is

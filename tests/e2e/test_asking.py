@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from pathlib import Path
+
 import psycopg
 import pytest
 from psycopg import Connection
@@ -43,9 +47,44 @@ def test_a_composite_is_asked_like_any_model_and_shows_what_each_call_was(shell:
     assert told["text"] and 0 < told["composition"]["consensus"] <= 1
     shown = shell.call("ask", "panel", "The patient has had a cough for nine days.").out
     assert told["text"].splitlines()[0] in shown and "consensus" in shown
+    shell.call("models", "add", "outer", "--provider", "hedge", "--member", "panel")
+    shown = shell.call("ask", "outer", "The patient has had a cough for nine days.").out
+    indents = [
+        line[: len(line) - len(line.lstrip())] + line.split()[0] for line in shown.splitlines() if "succeeded" in line
+    ]
+    assert indents[:2] == ["outer", "  panel"] and sorted(indents[2:]) == ["    a", "    b", "    c"]
+    assert "total: " in shown
     with psycopg.connect(url) as connection:
         assert _count(connection, "calls") == 0, "nothing is recorded"
         assert _count(connection, "models where name in ('a', 'b', 'c', 'panel')") == 4
+
+
+def test_parameters_that_are_set_count_as_in_a_combination(shell: CommandLine) -> None:
+    for name in ("a", "b", "c"):
+        shell.call("models", "add", name, *CALM)
+    members = [word for name in ("a", "b", "c") for word in ("--member", name)]
+    shell.call("models", "add", "panel", "--provider", "ensemble", *members)
+    told = shell.call("ask", "panel", "A cough?", "--set", "vote=mean", status=1)
+    assert "has no number" in told.err, "what simulators write is no number"
+    told = shell.call("ask", "panel", "A cough?", "--set", "strategy=sequential", "--set", "max_members=1", "--json")
+    assert [call["model"] for call in told.json["calls"]] == ["panel", "a"]
+    refused = shell.call("ask", "panel", "A cough?", "--set", "temperature=1", status=1)
+    assert "temperature: Extra inputs are not permitted" in " ".join(refused.err.split())
+    refused = shell.call("ask", "a", "A cough?", "--set", "latency_secondz=1", status=1)
+    assert "latency_secondz: Extra inputs are not permitted" in " ".join(refused.err.split())
+    assert "cannot exchange members" in shell.call("ask", "panel", "A cough?", "--set", 'members=["a"]', status=1).err
+    refused = shell.call("models", "add", "other", "--provider", "ensemble", *members, "--model", "gpt", status=1)
+    assert "model of an ensemble would do nothing" in " ".join(refused.err.split())
+
+
+def test_what_the_guide_to_ensembles_asks_is_answered(shell: CommandLine, url: str) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "ensembles.md").read_text()
+    inserts = re.search(r"^```sql\n(insert into pgharness.models.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    asked = re.search(r'^pgharness (ask \w+ ".*")$', guide, re.MULTILINE)
+    assert inserts is not None and asked is not None
+    with psycopg.connect(url) as connection:
+        connection.execute(inserts[1].encode())
+    assert "consensus" in shell.call(*shlex.split(asked[1]), "--set", "max_members=2", "--set", "min_responses=1").out
 
 
 def _count(connection: Connection[tuple[int]], table: str) -> int:

@@ -57,6 +57,7 @@ REFUSED: dict[str, tuple[list[str], int, str, str]] = {
     # words, exit status, the thing that is named, the remedy
     "a command that does not exist": (["strat", "open"], 2, "No such command 'strat'", "pgharness -h"),
     "an option that does not exist": (["start", "open", "--bugdet", "5"], 2, "No such option: --bugdet", "--budget"),
+    "a simulated model without a name": (["simulate", "--model", ""], 2, "a model needs a name", "--model"),
     "no instance": (["start"], 2, "Missing argument 'INSTANCE'", HELP),
     "two instances": (["start", "open", "done"], 2, "unexpected extra argument(s) (done)", HELP),
     "an unknown instance": (["start", "opne"], 1, 'instance "opne" does not exist', "insert into pgharness.instances"),

@@ -57,6 +57,17 @@ WRONG = [
     ("update pgharness.models set provider = 'metric', model = 'regex' where name = 'simulator'", "PH003", 'model "simulator" is the generator', "another name"),
     ("insert into pgharness.model_combinations (instance, generator) values ('trial', 'regex')", "PH002", 'generator "regex" is a metric', "select name from pgharness.models"),
     ("insert into pgharness.model_combinations (instance, generator, grader, grader_parameters) values ('trial', 'simulator', 'regex', '{\"x\": 1}')", "PH002", 'no option "x"', "pattern, ignore_case"),
+    ("insert into pgharness.models (name, provider, model) values ('m', 'gpt', 'x')", "PH002", 'provider "gpt" of model "m" does not exist', "openai_compatible"),
+    ("insert into pgharness.models (name, provider) values ('m', 'openai')", "PH002", 'model "m" does not say which model of openai', "own name"),
+    ("insert into pgharness.models (name, provider) values ('m', 'hedge')", "PH002", 'model "m": a hedge needs members, in an array', '"members": ['),
+    ("insert into pgharness.models (name, provider, parameters) values ('m', 'ensemble', '{\"members\": \"gpt\"}')", "PH002", "an ensemble needs members, in an array", '"members": ['),
+    ("update pgharness.models set input_usd_per_million = 1 where name = 'panel'", "PH002", 'model "panel": input_usd_per_million of an ensemble would do nothing', "of those"),
+    ("update pgharness.models set base_url = 'http://x/v1' where name = 'panel'", "PH002", 'model "panel": base_url of an ensemble', "of those"),
+    ("update pgharness.models set model = 'gpt' where name = 'panel'", "PH002", 'model "panel": model of an ensemble', "of those"),
+    ("update pgharness.models set api_key_env = 'A_KEY' where name = 'panel'", "PH002", 'model "panel": api_key_env of an ensemble', "of those"),
+    ("insert into pgharness.model_prices (model, input_usd_per_million) values ('panel', 1)", "PH002", 'model "panel" has no price of its own', "model_members"),
+    ("insert into pgharness.model_prices (model) values ('simulator')", "PH002", 'price of model "simulator"', "0 is free"),
+    ("delete from pgharness.models where name = 'member'", "PH003", 'model "member" is a member of "panel"', "Delete that first"),
     # what a run used
     ("update pgharness.cases set input = '\"x\"' where name = 'trial-1'", "PH003", 'case "trial-1" was used by run "trial/1"', "Insert a new case"),
     ("delete from pgharness.cases where name = 'trial-1'", "PH003", 'case "trial-1" was used by run "trial/1"', "delete from pgharness.instance_cases"),
@@ -77,7 +88,23 @@ WRONG = [
     ("insert into pgharness.runs (instance_id) values (999)", "PH001", "instance with id 999 does not exist", "pgharness.instances"),
     ("insert into pgharness.runs (rerun_of_id) values (999)", "PH001", "run with id 999 does not exist", "pgharness.runs"),
     ("insert into pgharness.runs (kind) values ('trial')", "PH002", "instance is missing", "insert into pgharness.instances"),
+    ("select pgharness.start_run('trial', kind => 'smoke')", "PH002", 'kind of a run cannot be "smoke"', "trial or milestone"),
+    ("select pgharness.start_run('trial', priority => 5000)", "PH002", 'priority of a run cannot be "5000"', "-1000 to 1000"),
+    ("select pgharness.start_run('trial', budget_usd => -1)", "PH002", 'budget_usd of a run cannot be "-1"', "or null"),
+    ("select pgharness.start_run('trial', budget_usd => 0)", "PH002", 'budget_usd of a run cannot be "0"', "or null"),
+    ("select pgharness.start_run('trial', budget_usd => 1e-9)", "PH002", '"1e-09"', "from 0.000001"),
+    ("select pgharness.start_run('trial', budget_usd => 1e9)", "PH002", '"1000000000"', "to 999999"),
+    ("select pgharness.start_run('trial', budget_usd => 'NaN')", "PH002", '"NaN"', "USD"),
+    ("select pgharness.start_run('trial', budget_usd => 'infinity')", "PH002", '"Infinity"', "USD"),
+    ("select pgharness.start_run('trial', response_cache => 'bogus')", "PH002", 'response_cache of a run cannot be "bogus"', "replay"),
+    ("select pgharness.start_run('trial', batch_deadline_seconds => -5)", "PH002", 'batch_deadline_seconds of a run cannot be "-5"', "0 to ask live"),
+    ("select pgharness.start_run('trial', max_concurrency => 0)", "PH002", 'max_concurrency of a run cannot be "0"', "from 1 on"),
+    ("insert into pgharness.runs (instance, response_cache) values ('trial', 'bogus')", "PH002", 'response_cache of a run cannot be "bogus"', "replay"),
+    ("select pgharness.rerun('trial/1', response_cache => 'bogus')", "PH002", 'response_cache of a run cannot be "bogus"', "replay"),
     # controlling
+    ("select pgharness.resume_run('trial/4', budget_usd => 1e9)", "PH002", 'budget_usd of a run cannot be "1000000000"', "to 999999"),
+    ("select pgharness.resume_run('trial/4', failure_threshold => 2)", "PH002", 'failure_threshold of a run cannot be "2"', "from 0 to 1"),
+    ("select pgharness.adjust_run('trial/1', max_concurrency => -1)", "PH002", 'max_concurrency of a run cannot be "-1"', "from 1 on"),
     ("select pgharness.cancel_run('trial/9')", "PH001", 'run "trial/9" does not exist', "pgharness.run_progress"),
     ("select pgharness.pause_run(999)", "PH001", 'run "999" does not exist', "pgharness.run_progress"),
     ("select pgharness.rerun(999)", "PH001", "run with id 999 does not exist", "pgharness.runs"),
@@ -112,17 +139,12 @@ CONSTRAINED = [
     ("insert into pgharness.cases (name, input) values ('c', null)", "23502", "input"),
     ("insert into pgharness.cases (name, input, metadata) values ('c', '1', '[]')", "23514", "cases_metadata_check"),
     ("insert into pgharness.cases (name, input) values ('trial-1', '1')", "23505", "cases_name_key"),
-    ("insert into pgharness.models (name, provider, model) values ('m', 'gpt', 'x')", "23514", "models_provider_check"),
-    ("insert into pgharness.models (name, provider) values ('m', 'openai')", "23514", "models_model_check"),
     ("insert into pgharness.models (name, provider, model, base_url) values ('m', 'openai', 'x', 'localhost')", "23514", "models_base_url_check"),
     ("insert into pgharness.models (name, provider, model, requests_per_minute) values ('m', 'openai', 'x', 0)", "23514", "models_limits_check"),
     ("insert into pgharness.models (name, provider, parameters) values ('m', 'simulator', '[]')", "23514", "models_parameters_check"),
     ("update pgharness.rubrics set validation = 'fine'", "23514", "rubrics_validation_check"),
     ("insert into pgharness.instance_cases (instance, case_name) values ('trial', 'trial-1')", "23505", "instance_cases_pkey"),
     ("insert into pgharness.model_combinations (instance, name, generator) values ('trial', 'combination 0', 'simulator')", "23505", "model_combinations_instance_id_name_key"),
-    ("select pgharness.start_run('trial', kind => 'smoke')", "23514", "runs_kind_check"),
-    ("select pgharness.start_run('trial', priority => 5000)", "23514", "runs_priority_check"),
-    ("select pgharness.start_run('trial', budget_usd => -1)", "23514", "runs_budget_usd_check"),
     ("select pgharness.start_run('trial', name => 'trial/1')", "23505", "runs_name_key"),
     ("select pgharness.record_result(999, 'k', '1')", "23503", "results_run_id_fkey"),
     ("select pgharness.record_result((select min(id) from pgharness.runs), '', '1')", "23514", "results_key_check"),
@@ -145,6 +167,10 @@ def filled(shared_url: str) -> Iterator[Database]:
         work_off(db, worker, at_most=10)
         spent = start(db, budget_usd=Decimal("0.1"))
         record(db, worker, note(spent, 0), lost(spent, "note", 1))
+        db.execute("insert into pgharness.models (name, provider) values ('member', 'simulator')")
+        db.execute(
+            """insert into pgharness.models (name, provider, parameters) values ('panel', 'ensemble', '{"members": ["member"]}')"""
+        )
         add_instance(db, "empty", cases=0)
         add_instance(db, "bare", combinations=[])
         add_instance(db, "lacking")

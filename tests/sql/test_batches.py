@@ -272,6 +272,24 @@ def test_what_was_submitted_twice_belongs_to_whoever_is_certain(db: Database) ->
     assert found == [{"status": "submitting", "external_id": None, "is_ours": None}]
 
 
+def test_who_lost_a_batch_whose_submission_was_found_has_lost_nothing(db: Database) -> None:
+    """It may have been slow; were it refused, it would cancel what another one waits for."""
+    begin(db, generator="claude")
+    one, two = world.register(db, pid=1), world.register(db, pid=2)
+    slices(db, one)
+    at(db, 2)
+    batch = following(db, one)
+    db.execute("select pgharness.begin_submission(%s, %s, 4)", (one, batch["id"]))
+    db.execute("update pgharness.batches set worker_id = %s where id = %s", (two, batch["id"]))
+    db.execute("select pgharness.record_submission(%s, %s, 'msg', is_ours => false)", (two, batch["id"]))
+    for _ in range(2):
+        db.execute("select pgharness.record_submission(%s, %s, 'msg')", (one, batch["id"]))
+    found = rows(db, "select status, external_id, is_ours from pgharness.batches where id = %s", batch["id"])
+    assert found == [{"status": "submitted", "external_id": "msg", "is_ours": True}]
+    with world.refused(db, "PH005"):
+        db.execute("select pgharness.record_submission(%s, %s, 'other')", (one, batch["id"]))
+
+
 # -- ending
 
 

@@ -228,7 +228,7 @@ def test_a_run_takes_the_prices_of_its_start_and_keeps_them(tx: Database) -> Non
 
 
 def test_prices_name_a_model_and_end_after_they_begin(tx: Database) -> None:
-    insert = "insert into pgharness.model_prices (model, valid_from, valid_until) values (%s, '2026-02-01', %s)"
+    insert = "insert into pgharness.model_prices (model, valid_from, valid_until, input_usd_per_million) values (%s, '2026-02-01', %s, 1)"
     with refused(tx, "PH001", "nobody"):
         tx.execute(insert, ("nobody", None))
     with refused(tx, "23514", "model_prices_valid_until_check"):
@@ -352,6 +352,30 @@ def test_what_the_members_of_a_composite_cost_is_what_it_costs(tx: Database) -> 
         pytest.approx(0),
     )
     assert estimate(tx) == pytest.approx((30, 30, 30))
+
+
+def test_a_composite_that_code_asks_ten_times_for_an_item_costs_each_time_what_its_members_did(tx: Database) -> None:
+    tx.execute(
+        "insert into pgharness.models (name, provider, input_usd_per_million) values ('a', 'simulator', 1), ('b', 'simulator', 2)"
+    )
+    for name, members in (("quick", ["a"]), ("panel", ["quick", "b"])):
+        tx.execute(
+            "insert into pgharness.models (name, provider, parameters) values (%s, 'ensemble', %s)",
+            (name, json.dumps({"members": members})),
+        )
+    add_instance(tx, cases=1, combinations=[("panel", None)])
+    ids = {row["name"]: row["id"] for row in rows(tx, "select name, id from pgharness.models")}
+    made = []
+    for _ in range(10):
+        own = call(0, model_id=ids["panel"], input_tokens=0, output_tokens=0)
+        below = {"input_tokens": 0, "output_tokens": 0, "parent_started_at": own["started_at"]}
+        quick = call(0, model_id=ids["quick"], **below)
+        million = {"input_tokens": 10**6, "output_tokens": 0}
+        made += [own, quick, call(0, model_id=ids["b"], parent_started_at=own["started_at"], **million)]
+        made += [call(0, model_id=ids["a"], parent_started_at=quick["started_at"], **million)]
+    record(tx, register(tx), note(start(tx), 0, calls=made))
+    [usage] = rows(tx, "select * from pgharness.model_usage where model = 'panel'")
+    assert (usage["item_count"], usage["usd_per_item"]) == (10, pytest.approx(3))
 
 
 # -- cost of what is correct

@@ -51,8 +51,15 @@ def test_a_member_that_is_renamed_stays_one_and_cannot_be_deleted(members: Datab
         "members": ["renamed a", {"model": "renamed b", "weight": 2}],
         "vote": "weighted",
     }
-    with refused(members, "23503 23001", "model_members"):
+    with refused(members, "PH003", 'model "renamed a" is a member of "panel"', "give it other members"):
         members.execute("delete from pgharness.models where name = 'renamed a'")
+
+
+def test_a_member_goes_with_all_that_it_is_a_member_of(members: Database) -> None:
+    add_model(members, "panel", "ensemble", members=["a", "b"])
+    members.execute("delete from pgharness.models where name = 'panel'")
+    members.execute("delete from pgharness.models where name in ('a', 'b')")
+    assert value(members, "select count(*) from pgharness.model_members") == 0
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,16 @@ def test_the_view_leaves_out_what_is_no_call(stage: Stage) -> None:
     assert seen["win_rate"] is None
 
 
+def test_the_view_leaves_out_calls_whose_members_were_answered_from_the_cache(stage: Stage) -> None:
+    stage.hedged(("a", 240, "succeeded"), primary_ms=240)
+    for _ in range(3):
+        stage.hedged(("a", 20, "cached"), primary_ms=20)
+    stage.hedged(("a", 300, "succeeded"), ("b", 20, "cached"), primary_ms=300)
+    seen = stage.view()
+    assert (seen["call_count"], seen["hedged_count"]) == (1, 0)
+    assert (seen["latency_p50_ms"], seen["unhedged_p50_ms"]) == (240, 240)
+
+
 def test_latency_without_hedging_is_the_product_limit_of_first_requests(tx: Db) -> None:
     stage = Stage(tx, cases=200)
     rng = np.random.default_rng(1)

@@ -551,13 +551,13 @@ def test_adding_no_case_to_an_empty_instance_says_what_is_missing(tx: Database) 
         ),
         ({"provider": "command", "parameters": '{"command": "run me"}'}, "PH002", ["parameters.command is missing"]),
         ({"provider": "command", "parameters": '{"command": []}'}, "PH002", ["parameters.command is missing"]),
-        ({"provider": "openai"}, "23514", ["models_model_check"]),
+        ({"provider": "openai"}, "PH002", ["does not say which model of openai"]),
         ({"provider": "openai_compatible", "model": "x"}, "23514", ["models_base_url_check"]),
         ({"provider": "openai_compatible", "model": "x", "base_url": "ftp://x"}, "23514", ["models_base_url_check"]),
         ({"provider": "openai", "model": "x", "max_concurrency": 0}, "23514", ["models_limits_check"]),
         ({"provider": "openai", "model": "x", "input_usd_per_million": -1}, "23514", ["models_prices_check"]),
         ({"provider": "openai", "model": "x", "timeout_seconds": 0}, "23514", ["models_timeout_seconds_check"]),
-        ({"provider": "chatbot", "model": "x"}, "23514", ["models_provider_check"]),
+        ({"provider": "chatbot", "model": "x"}, "PH002", ['provider "chatbot"', "openai_compatible"]),
     ],
     ids=lambda part: str(part)[:50],
 )
@@ -632,7 +632,7 @@ def test_plugins_are_models_and_metrics_whose_options_only_workers_know(tx: Data
         tx.execute("insert into pgharness.model_combinations (instance, generator) values ('i', 'p')")
     with refused(tx, "PH002", 'metric "plugin:" does not exist', "plugin:NAME"):
         tx.execute("update pgharness.models set model = 'plugin:' where name = 'p'")
-    with refused(tx, "23514", "models_model_check"):
+    with refused(tx, "PH002", "does not say which model of plugin"):
         tx.execute("insert into pgharness.models (name, provider) values ('n', 'plugin')")
 
 

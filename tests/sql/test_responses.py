@@ -15,6 +15,7 @@ import pytest
 from psycopg import Connection
 
 import pgharness.database
+from pgharness.errors import HarnessError
 from pgharness.gateway.cache import ResponseCache, Stored
 from world import (
     add_instance,
@@ -79,7 +80,8 @@ def test_a_question_is_asked_by_one_worker_and_then_known(tx: Database) -> None:
     assert seek(tx, one, "why") == {"why": "free"}
     assert seek(tx, one, claims=("why",)) == {"why": "mine"}
     assert seek(tx, two, "why", "how", claims=("why", "when")) == {"why": "taken", "how": "free", "when": "mine"}
-    assert seek(tx, one, claims=("why",)) == {"why": "taken"}  # by another caller of the same process
+    assert seek(tx, one, claims=("why",)) == {"why": "mine"}  # the first answer may not have been heard
+    assert seek(tx, one, "why") == seek(tx, two, claims=("why",)) == {"why": "taken"}
     keep(tx, response("why"))
     assert seek(tx, two, "why", claims=("why",)) == {"why": "found"}
     assert value(tx, "select count(*) from pgharness.response_claims") == 1
@@ -195,6 +197,8 @@ def test_what_was_not_used_for_long_is_purged(tx: Database) -> None:
         "answer to new",
         "answer to used",
     ]
+    with refused(tx, "PH002", "older_than is -5 days", "'90 days'"):
+        tx.execute("select pgharness.purge_responses(older_than => '-5 days')")
     assert value(tx, "select pgharness.purge_responses(older_than => '0 days')") == 2
     with refused(tx, "PH002", "neither older_than nor model", "0 days"):
         tx.execute("select pgharness.purge_responses()")
@@ -245,7 +249,7 @@ def test_a_mode_that_does_not_exist_is_refused(tx: Database) -> None:
     with refused(tx, "23514", "instances_response_cache_check"):
         add_instance(tx, cases=0, response_cache="always")
     add_instance(tx, cases=1)
-    with refused(tx, "23514", "runs_response_cache_check"):
+    with refused(tx, "PH002", 'response_cache of a run cannot be "always"', "replay"):
         start(tx, response_cache="always")
 
 
@@ -271,11 +275,13 @@ def office(shared_url: str) -> Iterator[Database]:
 
 
 @asynccontextmanager
-async def opened(url: str, worker: int) -> AsyncIterator[tuple[ResponseCache, Counting]]:
+async def opened(
+    url: str, worker: int, kind: type[Counting] = Counting
+) -> AsyncIterator[tuple[ResponseCache, Counting]]:
     async def moment(_: float) -> None:
         await asyncio.sleep(0)
 
-    database = Counting(url, size=2)
+    database = kind(url, size=2)
     async with database.opened():
         cache = ResponseCache(database, worker, sleep=moment)
         yield cache, database
@@ -325,6 +331,44 @@ async def test_who_is_cancelled_while_it_claims_leaves_no_claim(office: Database
             claim.cancel()
         assert await cache.claim(key("last"), 60) is True
         cache.release(key("last"))
+    assert value(office, "select count(*) from pgharness.response_claims") == 0
+
+
+class Forgetful(Counting):
+    """A database whose answers are lost: of all that is sent, the first statement is done twice."""
+
+    async def call(self, function: str, /, **args: object) -> list[pgharness.database.Row]:
+        if self.sent == 0:
+            await super().call(function, **args)
+        return await super().call(function, **args)
+
+
+async def test_a_claim_of_which_nothing_was_heard_is_granted_again(office: Database, shared_url: str) -> None:
+    async with opened(shared_url, register(office), Forgetful) as (cache, _):
+        claims = [await asyncio.wait_for(cache.claim(key("why"), 60), 30) for _ in range(3)]
+        assert claims == [True, False, False], "one of the process asks, however often the statement was sent"
+        cache.release(key("why"))
+        assert await asyncio.wait_for(cache.wait(key("why")), 30) is None
+        assert await cache.claim(key("why"), 60) is True
+        cache.keep(call() | response("why") | {"run_id": None})
+        stored = await asyncio.wait_for(cache.wait(key("why")), 30)
+        assert stored is not None and stored.completion.text == "answer to why"
+
+
+class Refusing(Counting):
+    """A database that does the first statement and then says that it refuses it."""
+
+    async def call(self, function: str, /, **args: object) -> list[pgharness.database.Row]:
+        done = await super().call(function, **args)
+        if self.sent == 1:
+            raise HarnessError("no")
+        return done
+
+
+async def test_who_is_refused_a_claim_leaves_none(office: Database, shared_url: str) -> None:
+    async with opened(shared_url, register(office), Refusing) as (cache, _):
+        with pytest.raises(HarnessError):
+            await cache.claim(key("why"), 60)
     assert value(office, "select count(*) from pgharness.response_claims") == 0
 
 

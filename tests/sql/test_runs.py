@@ -506,7 +506,7 @@ def test_a_run_takes_its_instances_budget_and_one_that_is_done_does_not_pause(tx
     record(tx, worker, note(run, 0, calls=[call(0.4)]))
     record(tx, worker, grade(run, 0))
     assert statuses(tx, run) == ("completed", None)
-    with refused(tx, "23514", "runs_budget_usd_check"):
+    with refused(tx, "PH002", "budget_usd of a run cannot be"):
         start(tx, budget_usd=0)
 
 
@@ -636,7 +636,7 @@ def test_a_failed_run_goes_on_without_what_failed_when_more_may_fail(tx: Databas
             tx, "PH003", f"run {run} is already failed", f"pgharness.retry_failed({run})", "failure_threshold => 1"
         ):
             tx.execute(f"select pgharness.resume_run({run}{argument})".encode())
-    with refused(tx, "23514", "runs_failure_threshold_check"):
+    with refused(tx, "PH002", "failure_threshold of a run cannot be"):
         tx.execute(f"select pgharness.resume_run({run}, failure_threshold => 7)".encode())
     assert receipt(tx, "pgharness.resume_run('trial/1', failure_threshold => 0.5)")["status"] == "running"
     assert orphans(tx) == []

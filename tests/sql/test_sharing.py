@@ -99,7 +99,7 @@ def test_what_waits_of_a_run_moves_in_the_queue_with_its_priority(tx: Database) 
     assert order == [second] * 3 + [first] * 3
     with refused(tx, "PH001", "987654321"):
         tx.execute("select pgharness.adjust_run(987654321, priority => 7)")
-    with refused(tx, "23514", "runs_priority_check"):
+    with refused(tx, "PH002", "priority of a run cannot be"):
         tx.execute("select pgharness.adjust_run(%s, priority => 7000)", (second,))
 
 
@@ -234,5 +234,5 @@ def test_workers_never_hold_more_calls_of_a_run_than_it_may_have_together(tx: Da
     tx.execute("select pgharness.adjust_run(%s, max_concurrency => 0)", (run,))
     (lease,) = rows(tx, "select * from pgharness.lease_run(%s, %s, 0, 70)", next(iter(workers)), run)
     assert (lease["granted"], lease["max_concurrency"]) == (70, None)
-    with refused(tx, "23514", "runs_max_concurrency_check"):
+    with refused(tx, "PH002", "max_concurrency of a run cannot be"):
         start(tx, max_concurrency=-1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -13,6 +15,7 @@ from rich.text import Text
 from pgharness import database
 from pgharness.cli.configs import laid_over, read_config
 from pgharness.cli.session import Json, print_json, session_of, stdout, table, usd
+from pgharness.database import Row
 from pgharness.errors import Conflict, InvalidArgument, ModelError
 from pgharness.types import Message, Provider
 
@@ -101,14 +104,17 @@ def ask(
 
     session = session_of(context)
     messages = [*([Message("system", system)] if system else []), Message("user", prompt)]
-    question = Question(messages, read_config(str(schema)) if schema else None, laid_over({}, settings or (), {}), seed)
+    parameters = laid_over({}, settings or (), {})
+    if "members" in parameters:
+        raise InvalidArgument("--set cannot exchange members", hint="Ask another model: pgharness models add --help")
+    question = Question(messages, read_config(str(schema)) if schema else None, parameters, seed)
     with session.connection() as connection:
         names = {row["id"]: row["name"] for row in database.rows(connection, "models")}
     try:
         answer = asyncio.run(question.ask(session.url, session.settings, model))
     except ModelError as exc:
         if not as_json:
-            stdout.print(_calls(question, names))
+            _print_calls(question, names)
         raise exc from None
     if as_json:
         calls = [{**call, "model": names[call["model_id"]]} for call in question.calls]
@@ -116,19 +122,36 @@ def ask(
         print_json({key: getattr(answer, key) for key in told} | {"calls": calls})
         return
     stdout.print(Text(answer.text), soft_wrap=True)
-    stdout.print(_calls(question, names))
+    _print_calls(question, names)
     if answer.composition is not None:
         stdout.print(Text(json.dumps(answer.composition, ensure_ascii=False)), soft_wrap=True)
 
 
-def _calls(question: Question, names: dict[int, str]) -> Any:
-    return table(
-        question.calls,
-        {
-            "model": lambda call: ("  " if call.get("parent_started_at") else "") + names[call["model_id"]],
-            "outcome": "outcome",
-            "ms": lambda call: round(call["latency_ms"]),
-            "tokens": lambda call: call.get("input_tokens", 0) + call.get("output_tokens", 0),
-            "USD": lambda call: usd(call.get("cost_usd", 0)),
-        },
-    )
+def _print_calls(question: Question, names: dict[int, str]) -> None:
+    """Show calls below those that they were made for, and what they cost together."""
+    rows = list(_below(_by_parent(question.calls), None, 0))
+    columns: dict[str, Any] = {
+        "model": lambda row: "  " * row["depth"] + names[row["model_id"]],
+        "outcome": "outcome",
+        "ms": lambda row: round(row["latency_ms"]),
+        "tokens": lambda row: row.get("input_tokens", 0) + row.get("output_tokens", 0),
+        "USD": lambda row: usd(row.get("cost_usd", 0)),
+    }
+    stdout.print(table(rows, columns))
+    if len(rows) > 1:
+        stdout.print(Text(f"total: {usd(sum(row.get('cost_usd', 0) for row in rows))} USD"))
+
+
+def _by_parent(calls: Sequence[Row]) -> dict[Any, list[Row]]:
+    found = defaultdict[Any, list[Row]](list)
+    starts = {call["started_at"] for call in calls}
+    for call in sorted(calls, key=lambda call: call["started_at"]):
+        parent = call.get("parent_started_at")
+        found[parent if parent in starts else None].append(call)
+    return found
+
+
+def _below(calls: dict[Any, list[Row]], parent: Any, depth: int) -> Iterator[Row]:
+    for call in calls.pop(parent, ()):
+        yield {**call, "depth": depth}
+        yield from _below(calls, call["started_at"], depth + 1)

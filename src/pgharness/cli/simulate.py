@@ -44,6 +44,8 @@ def simulate(
     from pgharness import simulation
     from pgharness.gateway.simulated_world import SimulatorParameters
 
+    if not all(name.strip() for name in model or ()):
+        raise typer.BadParameter("a model needs a name.", param_hint="--model")
     parameters = laid_over({}, settings or [], SimulatorParameters.model_json_schema())
     if requests_per_second_limit is not None:
         parameters["requests_per_second_limit"] = requests_per_second_limit

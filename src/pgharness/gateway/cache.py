@@ -60,6 +60,7 @@ class ResponseCache:
         self._looks: dict[bytes, list[asyncio.Future[Row]]] = {}
         self._claims: dict[bytes, tuple[float, list[asyncio.Future[Row]]]] = {}
         self._waits: dict[bytes, list[asyncio.Future[Row]]] = {}
+        self._held: dict[bytes, asyncio.Future[Row]] = {}  # who in this process asks a question
         self._kept: list[Row] = []
         self._released: list[bytes] = []
         self._has_news = asyncio.Event()
@@ -94,8 +95,10 @@ class ResponseCache:
 
     def hear(self, keys: Iterable[bytes]) -> None:
         """These questions have answers now, or no claim: those who wait for them look at once."""
-        if any(key in self._waits for key in keys):
-            self._has_news.set()
+        for key in keys:
+            self._held.pop(key, None)
+            if key in self._waits:
+                self._has_news.set()
 
     async def close(self) -> None:
         """Write what is left and stop."""
@@ -125,36 +128,50 @@ class ResponseCache:
             self.release(bytes(row["key"]))
 
     async def _seek(self) -> None:
-        """Take what is asked to the database, one statement at a time."""
+        """Take what is asked to the database, one statement at a time.
+
+        The database gives a worker its own claims again, because it may not have heard of them; so what somebody in
+        this process asks already is only looked at.
+        """
         while self._looks or self._claims:
             await self._sleep(_TOGETHER_SECONDS)
             looks = {key: self._looks.pop(key) for key in list(self._looks)[:_MOST_KEYS]}
             claims = {key: self._claims.pop(key) for key in list(self._claims)[:_MOST_KEYS]}
+            new = {key: seconds for key, (seconds, _) in claims.items() if key not in self._held}
             futures = [future for found in looks.values() for future in found]
             futures += [future for _, found in claims.values() for future in found]
             try:
                 rows = await self._database.persist(
                     "seek_responses",
                     worker_id=self._worker_id,
-                    keys=list(looks),
-                    claims=list(claims),
-                    seconds=[seconds for seconds, _ in claims.values()],
+                    keys=[*looks, *(key for key in claims if key in self._held)],
+                    claims=list(new),
+                    seconds=list(new.values()),
                 )
             except Exception as exc:
                 _fail(futures, exc)
+                for key in new:  # it may have been granted all the same
+                    self.release(key)
                 continue
             for row in rows:
                 key = bytes(row["key"])
                 others = row | {"state": "taken"} if row["state"] == "mine" else row
                 _tell(looks.get(key, ()), others)
-                if key in claims:
+                if key in new:
                     self._grant(claims[key][1], row, others)
+                elif key in claims and row["state"] == "free":  # it was given up meanwhile
+                    self._held.pop(key, None)
+                    self._claims.setdefault(key, (claims[key][0], []))[1].extend(claims[key][1])
+                elif key in claims:
+                    _tell(claims[key][1], row)
 
     def _grant(self, claimants: Sequence[asyncio.Future[Row]], row: Row, others: Row) -> None:
         """Tell claimants of one question how it stands; one of them asks."""
         waiting = [future for future in claimants if not future.done()]
-        if row["state"] == "mine" and not waiting:
-            self._disown(row)
+        if row["state"] == "mine":
+            self._held[bytes(row["key"])] = waiting[0] if waiting else claimants[0]
+            if not waiting:
+                self._disown(row)
         _tell(waiting[:1], row)
         _tell(waiting[1:], others)
 
@@ -193,6 +210,7 @@ class ResponseCache:
             kept, self._kept = self._kept[:_MOST_KEYS], self._kept[_MOST_KEYS:]
             released, self._released = self._released, []
             heard = [bytes.fromhex(call["response_key"][2:]) for call in kept] + released
+            ended = {key: self._held.get(key) for key in heard}
             try:
                 if kept:
                     await self._database.persist("keep_responses", calls=_dumped(kept))
@@ -202,7 +220,7 @@ class ResponseCache:
             if released:
                 with contextlib.suppress(HarnessError, *TRANSIENT):
                     await self._database.persist("release_responses", worker_id=self._worker_id, keys=released)
-            self.hear(heard)
+            self.hear(key for key, holder in ended.items() if self._held.get(key) is holder)
 
 
 class Answers:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -10,6 +11,7 @@ from pgharness.errors import RequestRejected
 from pgharness.types import ModelSpec
 
 _Parameters = TypeVar("_Parameters", bound=BaseModel)
+_OTHER_KINDS = ("list_type", "dict_type", "string_type", "model_type", "model_attributes_type")
 
 
 def read_parameters(spec: ModelSpec, shape: type[_Parameters]) -> _Parameters:
@@ -17,10 +19,37 @@ def read_parameters(spec: ModelSpec, shape: type[_Parameters]) -> _Parameters:
     try:
         return shape.model_validate(spec.parameters)
     except ValidationError as exc:
-        wrong = "; ".join(
-            f"{'.'.join(str(step) for step in error['loc']) or 'parameters'}: {error['msg']}" for error in exc.errors()
-        )
         raise RequestRejected(
-            f"model '{spec.name}' has parameters that provider '{spec.provider}' cannot use: {wrong}",
+            f"model '{spec.name}' has parameters that provider '{spec.provider}' cannot use: "
+            + "; ".join(_problems(spec.parameters, exc)),
             hint=f"Known parameters: {', '.join(shape.model_fields)}.",
         ) from None
+
+
+def _problems(parameters: Mapping[str, Any], exc: ValidationError) -> list[str]:
+    """Return what is wrong and where, in the words of the parameters."""
+    found = [(_place(parameters, error["loc"], error["type"]), error["type"], error["msg"]) for error in exc.errors()]
+    told = []
+    for place, kind, message in found:
+        # where a value may be of several kinds, those that it is not are no news beside what is wrong with it
+        is_idle = kind in _OTHER_KINDS and any(
+            other not in _OTHER_KINDS and there[: len(place)] == place for there, other, _ in found
+        )
+        if not is_idle:
+            message = message.removeprefix("Value error, ")
+            told.append(f"{'.'.join(map(str, place))}: {message}" if place else message)
+    return told
+
+
+def _place(value: Any, steps: tuple[int | str, ...], kind: str) -> tuple[int | str, ...]:
+    """Return those steps that lead through the value itself: between them pydantic names types of its own."""
+    place: list[int | str] = []
+    for number, step in enumerate(steps):
+        is_inside = (isinstance(value, Mapping) and step in value) or (
+            isinstance(value, list) and isinstance(step, int) and step < len(value)
+        )
+        if is_inside:
+            value = value[step]
+        if is_inside or (kind == "missing" and number == len(steps) - 1):
+            place.append(step)
+    return tuple(place)

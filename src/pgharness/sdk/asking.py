@@ -10,10 +10,10 @@ from pgharness.database import Database, Row
 from pgharness.gateway import Gateway
 from pgharness.sdk.chat import Chat
 from pgharness.settings import Settings
-from pgharness.types import Completion, Message
+from pgharness.types import Completer, Completion, Message, ModelSpec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Question:
     """What is asked, and the calls that were made for it: each like a row of `calls`, with the name of its model."""
 
@@ -30,7 +30,7 @@ class Question:
         self.calls.append(told["call"])
 
     async def ask(self, url: str, settings: Settings, model: str) -> Completion:
-        """Ask a model of table `models`, by name. Raises ModelError, NotFound."""
+        """Ask a model of table `models`, by name, with `parameters` laid over its own. Raises ModelError, NotFound."""
         database = Database(url, size=1, application_name="pgharness ask")
         async with database.opened():
             gateway = Gateway(
@@ -39,11 +39,25 @@ class Question:
                 plugin_seconds=settings.plugin_seconds,
                 database=database,
             )
-            chat = Chat(database, gateway, {"run_id": 0, "max_concurrency": None})
+            chat = _Chat(database, gateway, {"run_id": 0, "max_concurrency": None})
+            chat.parameters = self.parameters
             try:
                 return await chat.complete(
-                    self, model, self.messages, schema=self.schema, parameters=self.parameters, seed=self.seed
+                    self, model, self.messages, schema=self.schema, parameters={}, seed=self.seed
                 )
             finally:
                 await chat.close()
                 await gateway.aclose()
+
+
+class _Chat(Chat):
+    """The models with parameters laid over their own, as in a combination: a composite's choose how it votes."""
+
+    parameters: Mapping[str, Any] = {}
+
+    async def _model(self, name: str) -> tuple[ModelSpec, Completer]:
+        spec, completer = await super()._model(name)
+        if self.parameters:
+            spec = spec.model_copy(update={"parameters": {**spec.parameters, **self.parameters}})
+            completer = self._gateway.completer(spec, await self._own_limits(), self._answers)
+        return spec, completer

@@ -12,6 +12,7 @@ import os
 import random
 import socket
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -51,7 +52,7 @@ class Chat:
         self._database = database
         self._gateway = gateway
         self._models: dict[str, tuple[ModelSpec, Completer]] = {}
-        self._asked: Counter[int] = Counter()  # how often each question was asked, by its hash
+        self._asked: dict[int, Counter[int]] = {}  # of each try: how often it asked each question, by its hash
         self._opening: asyncio.Task[Limits] | None = None
         self._limits: Limits | None = None
         self._cache: ResponseCache | None = None
@@ -96,9 +97,13 @@ class Chat:
 
     def _count(self, asker: Asker, model: str, messages: Sequence[Message]) -> int:
         """Return the how manieth time it is that a task asks a question: each has a seed of its own."""
-        asked = hash((asker.ordinal, asker.attempt, model, tuple(messages)))
-        self._asked[asked] += 1
-        return self._asked[asked]
+        counts = self._asked.get(id(asker))
+        if counts is None:
+            counts = self._asked[id(asker)] = Counter()
+            weakref.finalize(asker, self._asked.pop, id(asker), None).atexit = False  # it is forgotten when it ends
+        asked = hash((model, tuple(messages)))
+        counts[asked] += 1
+        return counts[asked]
 
     async def _model(self, name: str) -> tuple[ModelSpec, Completer]:
         if name not in self._models:

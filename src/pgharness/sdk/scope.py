@@ -89,7 +89,7 @@ class Services(Protocol):
         """Wait, in a thread that is not the loop's, for what is done in the loop."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Scope:
     """One try of one task of a run; the run's own function is task 0."""
 

@@ -865,6 +865,8 @@ def test_functions_run_where_code_may_run_alone(option: str) -> None:
         ({"min_consensus": 2}, "min_consensus: Input should be less than or equal to 1"),
         ({"weights": {"a": 0, "b": 1}}, "weight: Input should be greater than 0"),
         ({"quorum": 2}, "quorum: Extra inputs are not permitted"),
+        ({"min_responses": 3}, "cannot use: min_responses is 3"),
+        ({"weights": {"a": 1, "b": -1}}, "cannot use: members.1.weight: Input should be greater than 0"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_with_the_reason(options: dict[str, Any], problem: str) -> None:

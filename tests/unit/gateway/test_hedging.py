@@ -769,6 +769,8 @@ async def test_sizes_are_what_requests_turned_out_to_weigh() -> None:
         ({"members": ["a"], "delay": {"strategy": "fixed"}}, "seconds"),
         ({"members": ["a", "b"], "delay": [AT_ONE, AT_ONE]}, "2 delays for 1 further request"),
         ({"members": ["a"], "after": 2}, "after"),
+        ({"members": ["a"], "delay": {"strategy": "fixed"}}, "cannot use: delay.seconds: Field required$"),
+        ({"members": ["a"], "delay": [{"strategy": "fixed", "seconds": -1}]}, "cannot use: delay.0.seconds: Input"),
     ],
 )
 def test_wrong_parameters_are_named(parameters: dict[str, Any], name: str) -> None:
