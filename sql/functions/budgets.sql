@@ -212,6 +212,7 @@ as $$
 declare
     v_id bigint := _instance_id(set_instance_budget.instance);
 begin
+    perform _check_settings(budget_usd => set_instance_budget.total_budget_usd);
     update instances as i set total_budget_usd = set_instance_budget.total_budget_usd where i.id = v_id;
     return query select * from resume_spent('instance', (select i.name from instances as i where i.id = v_id));
 end;
@@ -225,6 +226,7 @@ as $$
 declare
     v_id bigint := _project_id(set_project_budget.project);
 begin
+    perform _check_settings(budget_usd => set_project_budget.budget_usd);
     update projects as p set budget_usd = set_project_budget.budget_usd where p.id = v_id;
     return query select * from resume_spent('project', (select p.name from projects as p where p.id = v_id));
 end;

@@ -90,6 +90,14 @@ def test_the_command_that_goes_on_knows_what_calls_in_flight_have_cost(tx: Datab
     assert run_of(tx, run)["status"] == "running"
 
 
+@pytest.mark.parametrize("usd", [0, -1, 1e9, "infinity", "nan"])
+@pytest.mark.parametrize(("scope", "subject"), [("instance", "one"), ("project", "clinic")])
+def test_a_budget_that_nobody_can_have_is_refused(tx: Database, scope: str, subject: str, usd: object) -> None:
+    in_project(tx, "one")
+    with refused(tx, "PH002", "budget"):
+        rows(tx, f"select * from pgharness.set_{scope}_budget(%s, %s)", subject, usd)
+
+
 def test_a_budget_is_raised_under_the_name_that_its_project_has_now(tx: Database) -> None:
     in_project(tx, "one", budget=1)
     worker, run = register(tx), start(tx, "one")
