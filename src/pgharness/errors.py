@@ -145,14 +145,11 @@ class RateLimited(ModelError):
 
 
 class Unavailable(ModelError):
-    """The provider could not be reached, or said that it is down."""
+    """The provider could not be reached, or said that it is down; or was not asked, for it is known to be."""
 
     outcome = "unavailable"
     spends_attempt = False
-
-
-class OutOfService(Unavailable):
-    """Nothing was asked, because the provider failed again and again; a probe will tell when it is back."""
+    was_asked: bool = True
 
 
 class ServerFailed(ModelError):

@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 
-import study
+import planted
 import world
 from command_line import CommandLine
 from pgharness import Context, experiment
@@ -37,12 +37,12 @@ class Lab:
         self.url, self.folder = url, folder
         self.cli = CommandLine(url)
         with psycopg.connect(url, autocommit=True) as db:
-            names = study.add_cases(db, 12)
+            names = planted.add_cases(db, 12)
             db.execute("update pgharness.cases set name = %s where name = 'visit 12'", (EVIL,))
             names[-1] = EVIL
-            self.run = study.start(db, "study", cases=names)
-            combinations = (*study.COMBINATIONS[:2], (EVIL, "study/twin"))
-            self.other = study.start(db, "again", cases=names, combinations=combinations, seed=7)
+            self.run = planted.start(db, "study", cases=names)
+            combinations = (*planted.COMBINATIONS[:2], (EVIL, "study/twin"))
+            self.other = planted.start(db, "again", cases=names, combinations=combinations, seed=7)
         self.cli.work()
 
     def report(self, *arguments: str) -> dict[str, Any]:
@@ -185,8 +185,12 @@ def test_the_planted_difference_is_found_and_no_other(lab: Lab) -> None:
 def test_where_nothing_is_found_the_word_is_not_there(lab: Lab) -> None:
     with psycopg.connect(lab.url, autocommit=True) as db:
         names = [name for (name,) in db.execute("select name from pgharness.cases order by id").fetchall()]
-        study.start(
-            db, "same", cases=names, combinations=(study.COMBINATIONS[0], study.COMBINATIONS[2]), grade_replications=1
+        planted.start(
+            db,
+            "same",
+            cases=names,
+            combinations=(planted.COMBINATIONS[0], planted.COMBINATIONS[2]),
+            grade_replications=1,
         )
     lab.cli.work()
     out = lab.folder / "same"
@@ -239,10 +243,10 @@ def test_archives_alone_give_the_same_numbers(lab: Lab, tmp_path: Path) -> None:
 def test_a_registered_plan_and_its_deviations_are_reported(lab: Lab) -> None:
     with psycopg.connect(lab.url, autocommit=True) as db:
         names = [name for (name,) in db.execute("select name from pgharness.cases order by id").fetchall()]
-        db.execute(study.MODELS)
+        db.execute(planted.MODELS)
         db.execute("insert into pgharness.instances (name, experiment) values ('planned', 'note_grade')")
         db.execute("select pgharness.add_cases('planned', names => %s)", (names,))
-        for name, generator in study.COMBINATIONS:
+        for name, generator in planted.COMBINATIONS:
             db.execute(
                 "insert into pgharness.model_combinations (instance, name, generator, grader) values ('planned', %s, %s, 'study/judge')",
                 (name, generator),
@@ -326,7 +330,7 @@ def test_what_code_recorded_is_reported(lab: Lab) -> None:
 def test_a_run_that_has_hardly_begun_is_reported_as_such(lab: Lab) -> None:
     with psycopg.connect(lab.url, autocommit=True) as db:
         names = [name for (name,) in db.execute("select name from pgharness.cases order by id").fetchall()]
-        run = study.start(db, "begun", cases=names[:1])
+        run = planted.start(db, "begun", cases=names[:1])
         assert "No note has a grade" in json.dumps(lab.report("begun/1"))
         db.execute("select pgharness.pause_run(%s)", (run,))
     report = lab.report(str(run), "study/1")
@@ -341,7 +345,7 @@ def test_a_run_that_has_hardly_begun_is_reported_as_such(lab: Lab) -> None:
 def test_the_page_about_reports_runs_as_written(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with psycopg.connect(lab.url, autocommit=True) as db:
         names = [name for (name,) in db.execute("select name from pgharness.cases order by id").fetchall()]
-        study.start(db, "triage-v2", cases=names, combinations=study.COMBINATIONS[:2])
+        planted.start(db, "triage-v2", cases=names, combinations=planted.COMBINATIONS[:2])
         world.start(db, "triage-v2")
         lab.cli.work()
         monkeypatch.chdir(tmp_path)

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pgharness.database import Row
-from pgharness.errors import ModelError, OutOfService, RateLimited, RequestRejected, TimedOut
+from pgharness.errors import ModelError, RateLimited, RequestRejected, TimedOut, Unavailable
 from pgharness.gateway.calls import Member, below
 from pgharness.gateway.delays import Delay, DelayOptions, Observation, PercentileOptions, Size, delay_of
 from pgharness.gateway.observations import Observations
@@ -271,7 +271,8 @@ class _Race:
     def _ask_again(self) -> bool:
         """Make the next request, unless something holds it back."""
         place = len(self._asked)
-        is_instead = isinstance(self._asked[-1].error, OutOfService)
+        error = self._asked[-1].error
+        is_instead = isinstance(error, Unavailable) and not error.was_asked
         self._held_back = self._hedge.holds_back(place, is_instead=is_instead)
         if self._held_back is not None:
             return False

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pgharness.database import TRANSIENT, Database
-from pgharness.errors import HarnessError, ModelError, OutOfService
+from pgharness.errors import HarnessError, ModelError, Unavailable
 from pgharness.gateway.pacing import Pacer, Report
 from pgharness.types import ModelSpec
 
@@ -184,14 +184,16 @@ class Gate:
     async def entered(self, tokens: int, *, has_others: bool = False) -> float:
         """Begin a call once it is admitted; return the tokens that it is charged.
 
-        Raises OutOfService for one that `has_others` to ask, while the model is out of service and gets probes alone.
+        Raises Unavailable for one that `has_others` to ask, while the model is out of service and gets probes alone.
         """
         self.waiting += 1
         self.tokens = tokens
         try:
             while not self.admits():
                 if has_others and self._is_out and self.is_blocked:
-                    raise OutOfService("out of service: it failed again and again")
+                    error = Unavailable("out of service: it failed again and again")
+                    error.was_asked = False
+                    raise error
                 await self._limits.wait_for_change()
         finally:
             self.waiting -= 1
