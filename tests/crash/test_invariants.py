@@ -257,8 +257,10 @@ def test_6_a_finished_run_says_how_it_was_made(lab: Any) -> None:
     lab.wait_for_end(rerun)
     outputs = "select ordinal, output from pgharness.notes where run_id = %s order by 1"
     assert lab.rows(outputs, rerun) == lab.rows(outputs, run_id)
+    tokens = "select sum(input_tokens), sum(output_tokens) from pgharness.calls where run_id = %s"
+    assert lab.rows(tokens, rerun) == lab.rows(tokens, run_id)
     cost = "select note_cost_usd + grade_cost_usd from pgharness.runs where id = %s"
-    assert lab.value(cost, rerun) == lab.value(cost, run_id) > 0
+    assert lab.value(cost, rerun) > lab.value(cost, run_id) > 0, "it is paid for at the prices of its own start"
 
 
 def provenance(lab: Any, run_id: int) -> tuple[Any, ...]:
