@@ -139,7 +139,9 @@ create or replace function pgharness._call_cost(run pgharness.runs) returns nume
     language sql stable security definer set search_path = pgharness, pg_temp
 as $$
     -- what the cache answers costs nothing, and a cheap model must not hide a dear one; a composite costs what its members do
-    with latest as materialized (select c.* from calls as c order by c.id desc limit 2000), item as (
+    with latest as materialized (
+        select c.run_id, c.kind, c.ordinal, c.attempt, c.model_id, c.outcome, c.cost_usd, c.parent_started_at from calls as c order by c.id desc limit 2000
+    ), item as (
         select c.kind, max(c.model_id) filter (where c.parent_started_at is null) as model_id,
                sum(c.cost_usd) / nullif(count(*) filter (where c.parent_started_at is null and c.outcome <> 'cached'), 0) as usd
           from latest as c where c.run_id = (run).id group by c.kind, c.ordinal, c.attempt having sum(c.cost_usd) > 0
