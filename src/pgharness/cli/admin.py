@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pgharness import __version__, database, plugins, schema
-from pgharness.cli.session import Session, print_json, session_of, shown, stdout
+from pgharness.cli.session import Json, Session, print_json, session_of, shown, stdout
 from pgharness.embedded import find_bindir
 from pgharness.errors import (
     DatabaseError,
@@ -137,9 +137,7 @@ def db_stop(context: typer.Context) -> None:
     stdout.print("stopped" if was_running else "the embedded server was not running")
 
 
-def db_status(
-    context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
-) -> None:
+def db_status(context: typer.Context, as_json: Json = False) -> None:
     """Say whether the embedded server runs, and where its data are; exit status 1 when it does not run.
 
     Example: pgharness db status --json
@@ -240,9 +238,7 @@ class Check(NamedTuple):
     remedy: str = ""
 
 
-def doctor(
-    context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
-) -> None:
+def doctor(context: typer.Context, as_json: Json = False) -> None:
     """Check server, role, clocks, model keys, plugins, connections, workers; exit status 1 on an error.
 
     Example: pgharness doctor

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from pgharness import database
 from pgharness.analysis import make_here
-from pgharness.cli.session import print_json, session_of, stderr, stdout, table
+from pgharness.cli.session import Json, print_json, session_of, stderr, stdout, table
 from pgharness.database import Row
 
 EXIT_FAILED = 1
@@ -44,7 +44,7 @@ def analyse(
     ] = None,
     anew: Annotated[bool, typer.Option("--anew", help="Make it again even if nothing changed.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Leave it to a worker.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compare what runs found, with errors clustered by case: by a worker, or here if none runs.
 

@@ -7,6 +7,7 @@ as it was waited for.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,7 @@ def hedged_means(first: Survival, second: Survival, delays: Array) -> Array:
 # -- policies
 
 
-class _Learned:
+class _Learned(ABC):
     """A delay taken from a window, anew after every few observations: a look costs more than a request may."""
 
     def __init__(self, window: Window, initial_seconds: float | None) -> None:
@@ -133,10 +134,11 @@ class _Learned:
             self._look()
         return True
 
+    @abstractmethod
     def _look(self) -> None:
-        raise NotImplementedError
+        """Take what is needed from the window."""
 
-    def learn(self, end: End) -> None:
+    def learn(self, end: End) -> None:  # noqa: B027 - most have nothing to add
         """All that it knows is in the window."""
 
 
