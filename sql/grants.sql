@@ -64,7 +64,7 @@ begin
         pgharness.begin_submission(bigint, bigint, integer, text), pgharness.record_submission(bigint, bigint, text, boolean), pgharness.forget_submission(bigint, bigint, text),
         pgharness.record_poll(bigint, bigint, boolean, text[], boolean), pgharness.finish_batch(bigint, bigint, text, boolean), pgharness.release_batch(bigint, bigint, text, double precision),
         pgharness.take_analysis(bigint, bigint), pgharness.finish_analysis(bigint, bigint, text, jsonb, jsonb), pgharness.fail_analysis(bigint, bigint, text, text),
-        pgharness.take_report(bigint), pgharness.finish_report(bigint, bigint, text, text, jsonb), pgharness.fail_report(bigint, bigint, text, text)
+        pgharness.take_report(bigint, bigint), pgharness.finish_report(bigint, bigint, text, text, jsonb), pgharness.fail_report(bigint, bigint, text, text)
         from pgharness_author;
 
     -- archiving deletes what the harness wrote: for the owner, as deleting a run is
@@ -95,7 +95,7 @@ begin
         pgharness.begin_submission(bigint, bigint, integer, text), pgharness.record_submission(bigint, bigint, text, boolean), pgharness.forget_submission(bigint, bigint, text),
         pgharness.record_poll(bigint, bigint, boolean, text[], boolean), pgharness.finish_batch(bigint, bigint, text, boolean), pgharness.release_batch(bigint, bigint, text, double precision),
         pgharness.take_analysis(bigint, bigint), pgharness.finish_analysis(bigint, bigint, text, jsonb, jsonb), pgharness.fail_analysis(bigint, bigint, text, text),
-        pgharness.take_report(bigint), pgharness.finish_report(bigint, bigint, text, text, jsonb), pgharness.fail_report(bigint, bigint, text, text),
+        pgharness.take_report(bigint, bigint), pgharness.finish_report(bigint, bigint, text, text, jsonb), pgharness.fail_report(bigint, bigint, text, text),
         pgharness.register_experiment(text, text, text, text, text, text, jsonb, double precision, integer, integer, text, boolean, text, boolean),
         pgharness.log(bigint, text, text, jsonb), pgharness.record_result(bigint, text, jsonb)
         to pgharness_worker;

@@ -41,7 +41,7 @@ ROWS = (
     }
     | {"training"},
     {"gateway", "prompts"},
-    {"schema"},
+    {"desk", "schema"},
     {"database", "embedded"},
     {"plugins", "settings"},
     {"environment", "errors", "types", "stats"},

@@ -281,16 +281,13 @@ begin
     update analyses as a
        set status = 'failed', error = format('its worker died %s times while it was made, the last time at %s', a.attempts, a.started_at), finished_at = clock(),
            hint = 'See the worker''s log: it may lack memory. Then ask for it again.'
-     where a.status = 'running' and a.attempts >= v_most
-       and not exists (select from workers as w where w.id = a.worker_id and (w.status = 'stopped' or w.status <> 'lost' and w.heartbeat_at > clock() - interval '30 seconds'));
+     where a.status = 'running' and a.attempts >= v_most and _is_gone(a.worker_id) and not _has_stopped(a.worker_id);
     return query
     update analyses as a
        set status = 'running', worker_id = take_analysis.worker_id, started_at = clock(),
-           -- one that stopped in good order had nothing against it
-           attempts = a.attempts + (not exists (select from workers as w where w.id = a.worker_id and w.status = 'stopped'))::integer
+           attempts = a.attempts + (not _has_stopped(a.worker_id))::integer
      where a.id = (select o.id from analyses as o
-                    where (o.status = 'pending'
-                           or o.status = 'running' and not exists (select from workers as w where w.id = o.worker_id and w.status in ('running', 'draining') and w.heartbeat_at > clock() - interval '30 seconds'))
+                    where (o.status = 'pending' or o.status = 'running' and _is_gone(o.worker_id))
                       and (take_analysis.analysis_id is null or o.id = take_analysis.analysis_id)
                     order by o.id limit 1 for update skip locked)
     returning a.*;

@@ -70,7 +70,8 @@ as $$
 $$;
 comment on function pgharness.request_report(bigint, text[], text[], double precision, boolean) is 'request_report() on a run given by id. Example: select id from pgharness.request_report(1);';
 
-create or replace function pgharness.take_report(worker_id bigint) returns setof pgharness.reports
+drop function if exists pgharness.take_report(bigint);
+create or replace function pgharness.take_report(worker_id bigint, report_id bigint default null) returns setof pgharness.reports
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
@@ -79,20 +80,20 @@ begin
     update reports as r
        set status = 'failed', error = format('its worker died %s times while it was made, the last time at %s', r.attempts, r.started_at), finished_at = clock(),
            hint = 'See the worker''s log: it may lack memory. Then ask for it again.'
-     where r.status = 'running' and r.attempts >= v_most
-       and not exists (select from workers as w where w.id = r.worker_id and w.status in ('running', 'draining') and w.heartbeat_at > clock() - interval '30 seconds');
+     where r.status = 'running' and r.attempts >= v_most and _is_gone(r.worker_id) and not _has_stopped(r.worker_id);
     return query
-    update reports as r set status = 'running', worker_id = take_report.worker_id, started_at = clock(), attempts = r.attempts + 1
+    update reports as r
+       set status = 'running', worker_id = take_report.worker_id, started_at = clock(),
+           attempts = r.attempts + (not _has_stopped(r.worker_id))::integer
      where r.id = (select o.id from reports as o
-                    where o.status = 'pending'
-                       or o.status = 'running' and not exists (select from workers as w where w.id = o.worker_id and w.status in ('running', 'draining')
-                                                                                          and w.heartbeat_at > clock() - interval '30 seconds')
+                    where (o.status = 'pending' or o.status = 'running' and _is_gone(o.worker_id))
+                      and (take_report.report_id is null or o.id = take_report.report_id)
                     order by o.id limit 1 for update skip locked)
     returning r.*;
 end;
 $$;
-comment on function pgharness.take_report(bigint) is
-'For workers: take a report that nobody makes: one that is pending, or whose worker died; no row when there is none. One that five workers died of is failed. Example: select * from pgharness.take_report(1);';
+comment on function pgharness.take_report(bigint, bigint) is
+'For workers: take a report that nobody makes (or the one named, if nobody makes it): one that is pending, or whose worker died; no row when there is none. One that five workers died of is failed. Example: select * from pgharness.take_report(1);';
 
 create or replace function pgharness.finish_report(report_id bigint, worker_id bigint, title text, version text, files jsonb) returns boolean
     language plpgsql volatile security definer set search_path = pgharness, pg_temp

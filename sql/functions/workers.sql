@@ -11,6 +11,18 @@ $$;
 comment on function pgharness.register_worker(text, integer, text, text[], integer, jsonb) is
 'For workers: make a row for a worker process; returns its id. Example: select pgharness.register_worker(''host'', 1, ''0.1.0'', ''{note,grade}'', 10);';
 
+create or replace function pgharness._is_gone(worker_id bigint) returns boolean
+    language sql stable security invoker set search_path = pgharness, pg_temp
+as $$
+    select not exists (select from workers as w where w.id = _is_gone.worker_id and w.status in ('running', 'draining') and w.heartbeat_at > clock() - interval '30 seconds');
+$$;
+comment on function pgharness._is_gone(bigint) is 'Whether a worker will not end what it has: it stopped, is lost, or was not heard of for 30 seconds.';
+
+create or replace function pgharness._has_stopped(worker_id bigint) returns boolean
+    language sql stable security invoker set search_path = pgharness, pg_temp
+as $$ select exists (select from workers as w where w.id = _has_stopped.worker_id and w.status = 'stopped'); $$;
+comment on function pgharness._has_stopped(bigint) is 'Whether a worker ended in good order, so that what it had is no reason against it.';
+
 create or replace function pgharness.attach_queue_worker(worker_id bigint, queue_worker_id bigint) returns void
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$

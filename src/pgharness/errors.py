@@ -219,10 +219,13 @@ BY_SQLSTATE: dict[str, type[DatabaseError]] = {
 }
 
 
+NOT_PERMITTED = "42501"
+"""The SQLSTATE of what a role may not do."""
+
 # what to do about refusals of Postgres itself, which have no hint
 _HINTS = {
     "23505": "Choose another: it has to be unique.",
-    "42501": "Migrate as the owner of the database; to use it, be granted pgharness_author, _worker or _reader.",
+    NOT_PERMITTED: "Migrate as the owner of the database; to use it, be granted pgharness_author, _worker or _reader.",
 }
 
 

@@ -29,14 +29,13 @@ from typing import get_args
 import uvloop
 
 from pgharness import __version__, database, hooks, plugins, schema
-from pgharness.analysis import Analyses
 from pgharness.database import TRANSIENT, Database
+from pgharness.desk import Desk
 from pgharness.environment import environment
 from pgharness.errors import HarnessError, LeaseLost, SchemaOutOfDate
 from pgharness.execution import Batches, Engine
 from pgharness.gateway import Gateway
 from pgharness.queue import CODE_QUEUE, Queue
-from pgharness.report.desk import Reports
 from pgharness.sdk.hosts import Hosts
 from pgharness.settings import LISTEN_OFF, Settings
 from pgharness.types import ItemKind
@@ -102,8 +101,8 @@ async def run_process(options: WorkerOptions, *, parent_pid: int, pulse: c_doubl
         pulsing = asyncio.create_task(_show_pulse(pulse))
         beside = [
             asyncio.create_task(_move_batches(options, pool, gateway, worker_id)),
-            asyncio.create_task(Analyses(pool, worker_id=worker_id).run()),
-            asyncio.create_task(Reports(pool, worker_id=worker_id).run()),
+            asyncio.create_task(Desk(pool, "analysis", worker_id=worker_id).run()),
+            asyncio.create_task(Desk(pool, "report", worker_id=worker_id).run()),
         ]
         try:
             await process.run(options.queues)

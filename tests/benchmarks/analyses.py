@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import subprocess
 import sys
@@ -14,6 +13,9 @@ from bed import Bed, connected, timed
 from figures import Line
 from fill import fill
 from psycopg import Connection
+
+from pgharness import database
+from pgharness.desk import make_here
 
 _SECONDS = 10
 _MEGABYTES = 1_000
@@ -54,12 +56,12 @@ def analyses(bed: Bed) -> Iterator[Line]:
             yield Line("analyses", f"{view} of {2 * notes:,} grades", "ms", reads, "select 1", trips, limit=_VIEW_MS)
 
 
-def _analyse(url: str, kind: str, run_id: int) -> None:
-    asked = {"url": url, "kind": kind, "run_ids": [run_id], "options": {}}
-    command = [sys.executable, "-P", "-m", "pgharness.analysis"]
-    done = subprocess.run(command, input=json.dumps(asked).encode(), capture_output=True, check=True)
-    if "result" not in json.loads(done.stdout):
-        raise RuntimeError(done.stdout.decode())
+def _analyse(connection: Connection[Any], url: str, kind: str, run_id: int) -> None:
+    row = database.call(connection, "request_analysis", kind=kind, run_ids=[run_id], anew=True)[0]
+    make_here(connection, url, "analysis", row["id"])
+    found = database.rows(connection, "analyses", id=row["id"])[0]
+    if found["status"] != "succeeded":
+        raise RuntimeError(f"analysis {row['id']} is {found['status']}: {found['error']}")
 
 
 def _read(connection: Connection[Any], query: str) -> float:

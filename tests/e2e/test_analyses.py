@@ -229,7 +229,7 @@ def test_the_command_makes_what_no_worker_does(url: str, db: Database) -> None:
         (("compare", "quiz/1", "--set", "alpha=many"), "a number from"),
     ):
         assert said in " ".join(command.call("analyse", *arguments, status=1).err.split())
-    assert "OPTION=VALUE" in command.call("analyse", "compare", "quiz/1", "--set", "alpha", status=2).err
+    assert "KEY=VALUE" in command.call("analyse", "compare", "quiz/1", "--set", "alpha", status=2).err
     assert value(db, "select count(*) from pgharness.workers where status = 'running'") == 0
 
 

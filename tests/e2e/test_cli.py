@@ -509,6 +509,7 @@ def test_each_role_is_told_what_it_lacks(roles: dict[str, str]) -> None:
     assert "pgharness_author" in reader.call("migrate", status=1).err
     author = CommandLine(roles["author"])
     assert author.call("start", "trial", "--json").json["status"] == "running"
+    assert "as a role with pgharness_worker" in author.call("analyse", "power", "trial/1", status=1).err
     assert "_worker" in author.call("worker", "--exit-when-idle", status=1).err
     assert "_worker" in author.call("demo", status=1).err
     worker = CommandLine(roles["worker"])

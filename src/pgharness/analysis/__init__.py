@@ -10,7 +10,6 @@ import importlib
 _PLACES = {
     "SELECTING": "kinds",
     "Agreement": "graders",
-    "Analyses": "desk",
     "CaseTable": "scores",
     "Combination": "scores",
     "Comparison": "comparison",
@@ -31,7 +30,6 @@ _PLACES = {
     "compare": "comparison",
     "library_versions": "kinds",
     "load_scores": "scores",
-    "make_here": "desk",
     "power": "planning",
     "sweep": "trends",
 }

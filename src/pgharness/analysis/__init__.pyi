@@ -2,8 +2,6 @@ from pgharness.analysis.comparison import Comparison as Comparison
 from pgharness.analysis.comparison import GroupEstimate as GroupEstimate
 from pgharness.analysis.comparison import PairComparison as PairComparison
 from pgharness.analysis.comparison import compare as compare
-from pgharness.analysis.desk import Analyses as Analyses
-from pgharness.analysis.desk import make_here as make_here
 from pgharness.analysis.graders import Agreement as Agreement
 from pgharness.analysis.graders import Measure as Measure
 from pgharness.analysis.graders import agreement as agreement

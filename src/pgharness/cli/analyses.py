@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -12,9 +11,11 @@ from psycopg import Connection
 from rich.text import Text
 
 from pgharness import database
-from pgharness.analysis import make_here
+from pgharness.cli.configs import laid_over
 from pgharness.cli.session import Json, print_json, session_of, stderr, stdout, table
 from pgharness.database import Row
+from pgharness.desk import make_here
+from pgharness.errors import NOT_PERMITTED, DatabaseError, HarnessError
 
 EXIT_FAILED = 1
 _REFRESH_SECONDS = 0.3
@@ -24,23 +25,13 @@ def add_to(app: typer.Typer) -> None:
     app.command()(analyse)
 
 
-def _option(text: str) -> tuple[str, Any]:
-    name, is_given, value = text.partition("=")
-    if not is_given or not name.strip():
-        raise typer.BadParameter(f"{text!r} is not OPTION=VALUE.")
-    try:
-        return name.strip(), json.loads(value)
-    except ValueError:
-        return name.strip(), value
-
-
 def analyse(
     context: typer.Context,
     kind: Annotated[str, typer.Argument(metavar="KIND", help="compare, ablation, sweep, agreement or power.")],
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs' names or ids.")],
     options: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="OPTION=VALUE", help="An option of the analysis; again for more."),
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the analysis. Repeatable."),
     ] = None,
     anew: Annotated[bool, typer.Option("--anew", help="Make it again even if nothing changed.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Leave it to a worker.")] = False,
@@ -50,7 +41,7 @@ def analyse(
 
     Example: pgharness analyse compare demo/1 --set alpha=0.01
     """
-    given = dict(_option(text) for text in options or [])
+    given = laid_over({}, options or (), {})
     for name in ("combinations", "cases", "authors"):
         if isinstance(given.get(name), str):
             given[name] = [given[name]]
@@ -76,8 +67,20 @@ def _wait(connection: Connection[Any], url: str, analysis_id: int) -> None:
         if row["status"] in ("succeeded", "failed"):
             return
         is_alone = not database.rows(connection, "worker_health", status="running", limit=1)
-        if not (is_alone and make_here(connection, url, analysis_id)):
+        if not (is_alone and _made_here(connection, url, analysis_id)):
             time.sleep(_REFRESH_SECONDS)
+
+
+def _made_here(connection: Connection[Any], url: str, analysis_id: int) -> bool:
+    try:
+        return make_here(connection, url, "analysis", analysis_id)
+    except DatabaseError as exc:
+        if exc.sqlstate != NOT_PERMITTED:
+            raise
+        raise HarnessError(
+            f"analysis {analysis_id} waits: no worker runs, and this role may not be one",
+            hint="It is made by the next worker, started as a role with pgharness_worker: pgharness worker",
+        ) from exc
 
 
 def _print(found: Row) -> None:

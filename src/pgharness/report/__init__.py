@@ -1,5 +1,5 @@
 """Reports: one pass over a run's views and their analysis, one document, and files of it in each format asked for.
 
-`gathering.gather` reads the database and computes, `files` makes files of that, `desk` is for workers. A report of the
-same rows is the same, byte for byte. Nothing is imported here: a worker, which has others compute, needs no libraries.
+`gathering.gather` reads the database and computes, `files` makes files of that. A report of the same rows is the same,
+byte for byte.
 """
