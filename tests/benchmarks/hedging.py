@@ -243,25 +243,25 @@ def _overheads(repeats: int) -> Iterator[Line]:
     async def each(request: Request) -> Completion:
         return [await model(request) for model in models][-1]
 
-    panel = ModelSpec(
-        id=2,
-        name="panel",
-        provider="ensemble",
-        parameters={"members": [spec.name for spec in specs]},
-        members=tuple(specs),
-    )
-    ensemble = Ensemble(panel, [Member(spec, model) for spec, model in zip(specs, models, strict=True)])
     hedge = hedge_of(specs[0], {"strategy": "percentile", "percentile": 95.0})
-    for what, composite, alone, baseline in (
-        ("a model that answers at once: what a hedge around it adds", hedge, models[0], "the model alone"),
-        ("three models that answer at once: what an ensemble of them adds", ensemble, each, "one after the other"),
+    for what, composite, alone, calls in (
+        ("a hedge around it", hedge, models[0], 1),
+        ("an ensemble of it", _panel(specs[:1], models[:1]), models[0], 1),
+        ("an ensemble of three of them, for each of its three calls", _panel(specs, models), each, 3),
     ):
         ours, theirs = [], []
         for _ in range(repeats):
             both, own = uvloop.run(_best(composite, alone))
-            ours.append(both - own)
-            theirs.append(own)
-        yield Line("hedging", f"a call of {what}", "µs", ours, baseline, theirs, limit=100)
+            ours.append((both - own) / calls)
+            theirs.append(own / calls)
+        named = f"a call of a model that answers at once: what is added by {what}"
+        yield Line("hedging", named, "µs", ours, "the model alone", theirs, limit=100)
+
+
+def _panel(specs: list[ModelSpec], models: list[Simulator]) -> Ensemble:
+    parameters = {"members": [spec.name for spec in specs]}
+    panel = ModelSpec(id=2, name="panel", provider="ensemble", parameters=parameters, members=tuple(specs))
+    return Ensemble(panel, [Member(spec, model) for spec, model in zip(specs, models, strict=True)])
 
 
 def _numbered(spec: ModelSpec, number: int) -> ModelSpec:

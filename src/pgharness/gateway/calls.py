@@ -62,12 +62,14 @@ class CallRecord:
         row["error"] = str(error)[:_LONGEST_ERROR]
         row["answer"] = answer[:_LONGEST_ANSWER] if answer else None
         row["http_status"] = error.http_status
-        return row | self._reply(completion or error)
+        row |= self._reply(completion or error)
+        return row
 
     def succeeded(self, completion: Completion) -> Row:
         row = self._row("succeeded")
         row["http_status"] = completion.http_status
-        return row | self._reply(completion)
+        row |= self._reply(completion)
+        return row
 
     def cached(self, key: bytes, stored: Stored) -> Row:
         """Return the row of a call that was not made, because the response cache had its answer."""
@@ -201,7 +203,8 @@ class Member:
 
 def _note(request: Request, row: Row) -> None:
     if request.trail is not None:
-        request.trail.calls.append(row | {"number": request.number})
+        row["number"] = request.number
+        request.trail.calls.append(row)
 
 
 def below(calls: Iterable[Row], parent: Row) -> list[Row]:

@@ -51,16 +51,17 @@ class _Poll:
     failures: dict[int, ModelError] = field(default_factory=dict)
     asked: list[int] = field(default_factory=list)
     unsure: list[int] = field(default_factory=list)  # whose confidence is not known
-    used: list[tuple[int, int, int]] = field(default_factory=list)
+    used: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def unanswered(self) -> list[int]:
         """Whom it asked and did not wait for."""
         return [place for place in self.asked if place not in self.answers and place not in self.failures]
 
-    @property
-    def usage(self) -> Usage:
-        return Usage(*map(sum, zip(*self.used, strict=True))) if self.used else Usage()
+    def use(self, reply: Completion | ModelError) -> None:
+        """Count what a reply used."""
+        (read, written, cached), more = self.used, used_tokens(reply)
+        self.used = read + more[0], written + more[1], cached + more[2]
 
 
 class Ensemble:
@@ -135,11 +136,11 @@ class Ensemble:
         try:
             completion = await self._answer(poll.request, place)
             if not completion.is_cached:
-                poll.used.append(used_tokens(completion))
+                poll.use(completion)
             await self._take(poll, place, completion)
         except Exception as exc:
             error = poll.failures[place] = model_error(exc)
-            poll.used.append(used_tokens(error))
+            poll.use(error)
 
     async def _answer(self, request: Request, place: int) -> Completion:
         member, seconds = self._members[place], self._options.timeout_seconds
@@ -362,7 +363,7 @@ class Ensemble:
         return Completion(
             text=text,
             data=data,
-            usage=poll.usage,
+            usage=Usage(*poll.used),
             finish_reason=winner.finish_reason,
             model=self._names[decision.winner.place],
             confidence=decision.consensus,
@@ -374,7 +375,7 @@ class Ensemble:
         return Completion(
             text=answer.text,
             data=answer.data,
-            usage=poll.usage,
+            usage=Usage(*poll.used),
             finish_reason=answer.finish_reason,
             model=self._names[-1],
             confidence=answer.confidence,
@@ -417,7 +418,7 @@ class Ensemble:
         It spends no attempt where nothing but delays stood in the way, and asks to wait for the longest of them.
         """
         failures = poll.failures
-        facts: dict[str, Any] = {name: getattr(poll.usage, name) for name in Usage.__slots__}
+        facts: dict[str, Any] = dict(zip(Usage.__slots__, poll.used, strict=True))
         facts["composition"] = self._composition(poll, decision, short_of)
         error: ModelError
         if short_of == "min_consensus":
