@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from bed import Bed, Process, connected, make_world, start_run, wait_for_end
 from figures import Line
 
+from pgharness.gateway.pacing import FIRST_WINDOW
+
 LEVELS = {100: 0.97, 500: 0.97, 1000: 0.97, 3000: 0.95}  # calls in flight, and the least share of the ideal
 HTTP_LEVELS = (100, 500, 1000)
 MEMORY_LEVEL = 1000
@@ -63,6 +65,8 @@ class Windows:
     def look(self, concurrency: int) -> Steady:
         """Run one worker at this concurrency and keep what was seen."""
         ramp = self.ramp * max(1.0, concurrency / 1500)
+        if self.base_url is not None:  # calls of a model behind an API begin few at a time, and double each round trip
+            ramp += CALL_SECONDS * math.log2(concurrency / FIRST_WINDOW)
         seconds = ramp + self.window + self._tail  # calls of the window's end must be over and recorded
         with self._bed.database() as url, connected(url) as connection:
             make_world(connection, latency=CALL_SECONDS, base_url=self.base_url, are_brief=self._are_brief)

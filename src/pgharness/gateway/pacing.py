@@ -2,9 +2,9 @@
 
 Three things hold calls back, none of which anybody configures.
 
-- A *window* of calls in flight, while no limit of the model is known: it begins small and grows by one for every second
-  call that is answered, so by half each round trip, like TCP's slow start. It stops where a step more made calls slower
-  and no more of them (the idea of gradient limiters: latency that swells with concurrency is a queue).
+- A *window* of calls in flight, while no limit of the model is known: it begins small and grows by one for every call
+  that is answered, so it doubles each round trip, as TCP's slow start does. It stops where a step more made calls
+  slower and no more of them (the idea of gradient limiters: latency that swells with concurrency is a queue).
 - A *rate*, once the model has refused calls: this process's share of what all workers together may begin a second. It
   comes from the database, which lowers it to what was accepted and raises it gently (AIMD). A refused call is charged
   extra, so a rate that has become too high is felt at once, before anybody agreed on another one.
@@ -34,7 +34,7 @@ _BURST_SECONDS = 0.05  # what may begin at once after a pause, in seconds of the
 _REFUSAL_CHARGE = 2.0  # calls that a refused one takes beside itself
 _REPORT_SECONDS = 0.5  # between two reports of refusals
 _PLATEAU_SECONDS = 10.0
-_GROWTH = 0.5  # of the window, for each call that is answered
+_GROWTH = 1.0  # of the window, for each call that is answered
 _IN_A_ROW = 5  # refusals of calls that began after the first of them was heard of: everything is refused
 
 
