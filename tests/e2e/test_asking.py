@@ -69,9 +69,9 @@ def test_parameters_that_are_set_count_as_in_a_combination(shell: CommandLine) -
     told = shell.call("ask", "panel", "A cough?", "--set", "strategy=sequential", "--set", "max_members=1", "--json")
     assert [call["model"] for call in told.json["calls"]] == ["panel", "a"]
     refused = shell.call("ask", "panel", "A cough?", "--set", "temperature=1", status=1)
-    assert "temperature: Extra inputs are not permitted" in " ".join(refused.err.split())
+    assert "temperature: is not known" in " ".join(refused.err.split())
     refused = shell.call("ask", "a", "A cough?", "--set", "latency_secondz=1", status=1)
-    assert "latency_secondz: Extra inputs are not permitted" in " ".join(refused.err.split())
+    assert "latency_secondz: is not known" in " ".join(refused.err.split())
     assert "cannot exchange members" in shell.call("ask", "panel", "A cough?", "--set", 'members=["a"]', status=1).err
     refused = shell.call("models", "add", "other", "--provider", "ensemble", *members, "--model", "gpt", status=1)
     assert "model of an ensemble would do nothing" in " ".join(refused.err.split())

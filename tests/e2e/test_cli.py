@@ -453,7 +453,7 @@ def test_doctor_names_missing_keys_and_code(small: tuple[world.Database, Command
     db.execute(
         "insert into pgharness.models (name, provider, parameters) values"
         """ ('panel', 'ensemble', '{"members": ["third", "local"]}'), ('spare', 'hedge', '{"members": ["panel"]}'),"""
-        """ ('torn', 'simulator', '{"latency_secondz": 1}')"""
+        """ ('torn', 'simulator', '{"error_rate": 0.6, "timeout_rate": 0.6}')"""
     )
     for generator in ("big", "other", "local", "mine", "spare", "torn"):
         db.execute(
@@ -467,7 +467,7 @@ def test_doctor_names_missing_keys_and_code(small: tuple[world.Database, Command
     assert "export OPENAI_API_KEY" in found["model big"][2]
     assert found["model other"] == ("ok", "its key TEAM_TWO_KEY is set here", "")
     assert found["model third"][:2] == ("warning", "its key TEAM_THREE_KEY is not set here"), "a member's member"
-    assert found["model torn"][0] == "error" and "latency_secondz" in found["model torn"][1]
+    assert found["model torn"][0] == "error" and "timeout_rate" in found["model torn"][1]
     assert not {"model panel", "model spare"} & found.keys()
     assert found["model mine"][:2] == ("warning", "runs code (python)") and "--allow-code" in found["model mine"][2]
     assert not {"model local", "model unused", "model quick", "model contains"} & found.keys()

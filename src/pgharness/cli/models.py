@@ -105,15 +105,13 @@ def ask(
     session = session_of(context)
     messages = [*([Message("system", system)] if system else []), Message("user", prompt)]
     parameters = laid_over({}, settings or (), {})
-    if "members" in parameters:
-        raise InvalidArgument("--set cannot exchange members", hint="Ask another model: pgharness models add --help")
     question = Question(messages, read_config(str(schema)) if schema else None, parameters, seed)
     with session.connection() as connection:
         names = {row["id"]: row["name"] for row in database.rows(connection, "models")}
     try:
         answer = asyncio.run(question.ask(session.url, session.settings, model))
     except ModelError as exc:
-        if not as_json:
+        if question.calls and not as_json:
             _print_calls(question, names)
         raise exc from None
     if as_json:
