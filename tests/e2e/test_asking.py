@@ -31,9 +31,20 @@ def test_a_model_is_added_once_and_changed_only_when_asked(shell: CommandLine) -
     assert "calm" in shell.call("models", "list").out
 
 
+def test_a_model_is_added_with_its_prices(shell: CommandLine) -> None:
+    shell.call("models", "add", "dear", *CALM, "--input-usd", "1000", "--output-usd", "4000.5")
+    told = shell.call("ask", "dear", "The patient has had a cough for nine days.", "--json").json
+    (call,) = told["calls"]
+    cost = (1000 * call["input_tokens"] + 4000.5 * call["output_tokens"]) / 1e6
+    assert call["cost_usd"] == pytest.approx(cost) and cost > 0
+    assert "--input-usd" in shell.call("models", "add", "gift", *CALM, "--input-usd", "-1", status=2).err
+
+
 def test_what_cannot_be_a_model_is_refused_with_what_to_type(shell: CommandLine) -> None:
     refused = shell.call("models", "add", "panel", "--provider", "ensemble", "--member", "nobody", status=1)
     assert 'its member "nobody" does not exist' in refused.err and "select name from" in refused.err
+    refused = shell.call("models", "add", "local", "--provider", "openai_compatible", "--model", "x", status=1)
+    assert 'model "local" does not say where it is' in refused.err and "http://localhost" in refused.err
     assert 'model "nobody" does not exist' in shell.call("ask", "nobody", "Well?", status=1).err
 
 

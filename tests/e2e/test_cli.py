@@ -244,6 +244,15 @@ def test_starting_twice_with_a_key_starts_once(small: tuple[world.Database, Comm
     assert world.value(db, "select count(*) from pgharness.runs") == 1
 
 
+def test_estimate_says_what_a_run_would_come_to(small: tuple[world.Database, CommandLine]) -> None:
+    db, line = small
+    db.execute("update pgharness.models set output_usd_per_million = 1000 where name = 'quick'")
+    plan = line.call("estimate", "trial", "--json").json
+    assert 0 < plan["low_cost_usd"] < plan["cost_usd"] < plan["high_cost_usd"] and len(plan["combinations"]) == 1
+    assert "trial: 2 notes, 8 grades, about" in line.call("estimate", "trial").out
+    assert 'instance "trail" does not exist' in line.call("estimate", "trail", status=1).err
+
+
 def test_start_says_what_is_planned_and_that_nobody_works(small: tuple[world.Database, CommandLine]) -> None:
     _, line = small
     out = line.call("start", "trial", "--name", "monday morning").out
