@@ -102,3 +102,10 @@ def _count(connection: Connection[tuple[int]], table: str) -> int:
     found = connection.execute(f"select count(*) from pgharness.{table}".encode()).fetchone()
     assert found is not None
     return found[0]
+
+
+def test_an_ask_gives_up_on_a_model_that_cannot_be_reached(shell: CommandLine) -> None:
+    nowhere = ("--provider", "openai_compatible", "--model", "x", "--base-url", "http://127.0.0.1:1/v1")
+    shell.call("models", "add", "nowhere", *nowhere)
+    told = shell.call("ask", "nowhere", "Hello?", status=1)
+    assert "no connection to 127.0.0.1:1" in " ".join(told.err.split()) and told.out.count("unavailable") == 3

@@ -42,7 +42,13 @@ class Question:
             chat = Chat(database, gateway, {"run_id": 0, "max_concurrency": None})
             try:
                 return await chat.complete(
-                    self, model, self.messages, schema=self.schema, parameters=self.parameters, seed=self.seed
+                    self,
+                    model,
+                    self.messages,
+                    schema=self.schema,
+                    parameters=self.parameters,
+                    seed=self.seed,
+                    is_patient=False,
                 )
             finally:
                 await chat.close()

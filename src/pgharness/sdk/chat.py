@@ -71,9 +71,11 @@ class Chat:
         schema: Mapping[str, Any] | None,
         parameters: Mapping[str, Any],
         seed: int | None,
+        is_patient: bool = True,
     ) -> Completion:
         """Ask a model, and again when that may help; each request is recorded and costed, and keeps to its limits.
 
+        Who is patient waits for an outage or a rate limit to pass, however long that takes.
         `parameters` are laid over the model's own: the options of a composite over its, others over its members'.
         """
         spec, completer, parameters = await self._model(model, parameters)
@@ -92,7 +94,7 @@ class Chat:
             try:
                 return await self._ask(asker, spec, completer, request)
             except ModelError as exc:
-                if not exc.is_retryable or (exc.spends_attempt and attempt >= _ATTEMPTS):
+                if not exc.is_retryable or ((exc.spends_attempt or not is_patient) and attempt >= _ATTEMPTS):
                     raise
                 if isinstance(exc, InvalidOutput):
                     request = replace(request, rejected=attempt)
