@@ -249,3 +249,18 @@ def test_a_value_outside_of_its_limits_is_refused_by_a_constraint_with_a_telling
     error = rejection(filled, statement)
     assert error.sqlstate in sqlstate.split(), error
     assert names in (error.diag.message_primary or "")
+
+
+def test_what_tables_of_inputs_check_is_told_by_name(filled: Database) -> None:
+    told_by_triggers = {"provider", "model", "api_key_env", "has_batches", "valid_from", "valid_until"}
+    told_by_triggers.add("cycle_transcript_overlaps")
+    checked = filled.execute(
+        """
+        select c.relname, a.attname, pgharness._column_schema(c.relname) -> 'properties' ? a.attname
+          from pg_constraint as k join pg_class as c on c.oid = k.conrelid
+          join pg_attribute as a on a.attrelid = c.oid and a.attnum = any (k.conkey)
+         where k.contype = 'c' and k.conrelid = any ('{pgharness.projects,pgharness.models,pgharness.model_prices,pgharness.instances}'::regclass[])
+        """
+    ).fetchall()
+    assert len(checked) > 25
+    assert {column for _, column, is_told in checked if not is_told} <= told_by_triggers
