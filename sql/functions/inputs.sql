@@ -436,16 +436,17 @@ begin
         perform _check_metric(m.model, m.parameters || new.grader_parameters) from models as m
           where m.id = new.grader_id and m.provider = 'metric';
     end if;
-    perform _check_composite_parameters(format('generator_parameters of combination with "%s"', m.name), m.provider, m.parameters || new.generator_parameters)
-       from models as m where m.id = new.generator_id and m.provider in ('ensemble', 'hedge');
-    perform _check_composite_parameters(format('grader_parameters of combination with "%s"', m.name), m.provider, m.parameters || new.grader_parameters)
-       from models as m where m.id = new.grader_id and m.provider in ('ensemble', 'hedge');
     if new.generator_parameters ? 'members' or new.grader_parameters ? 'members' then
         raise exception 'a combination cannot exchange the members of a composite'
             using errcode = 'PH002', hint = 'Insert another composite: insert into pgharness.models (name, provider, parameters) values (''...'', ''ensemble'', ''{"members": [...]}'');';
     end if;
     perform _refuse_secrets(format('generator_parameters of combination "%s"', new.name), new.generator_parameters);
     perform _refuse_secrets(format('grader_parameters of combination "%s"', new.name), new.grader_parameters);
+    perform case m.provider when 'simulator' then _check_simulator(laid.what, m.parameters || laid.parameters)
+                            else _check_composite_parameters(laid.what, m.provider, m.parameters || laid.parameters) end
+       from (values (new.generator_id, new.generator_parameters, format('generator_parameters of combination with "%s"', new.generator)),
+                    (new.grader_id, new.grader_parameters, format('grader_parameters of combination with "%s"', new.grader))) as laid (model_id, parameters, what)
+       join models as m on m.id = laid.model_id and m.provider in ('simulator', 'ensemble', 'hedge');
     new.name := coalesce(new.name, case when new.grader is null then new.generator else new.generator || ' -> ' || new.grader end);
     return new;
 end;

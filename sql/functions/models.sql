@@ -24,6 +24,10 @@ begin
         raise exception 'base_url of model "%" holds a user or password', new.name
             using errcode = 'PH002', hint = 'Leave it out of the address; name the environment variable that holds the key in api_key_env.';
     end if;
+    if new.has_batches and new.provider not in ('openai', 'openai_responses', 'openai_compatible', 'anthropic') then
+        raise exception 'model "%" of provider % has no batches', new.name, new.provider
+            using errcode = 'PH002', hint = 'Leave has_batches out: its calls are made live, beside the batches of a run.';
+    end if;
     if new.provider = 'metric' then
         perform _check_metric(new.model, new.parameters);
         if exists (select from model_combinations as mc where mc.generator_id = new.id) then
@@ -41,6 +45,11 @@ begin
     elsif new.provider = 'command' and jsonb_path_exists(new.parameters, 'strict $.command ? (@.type() == "array" && @.size() > 0)', silent => true) is not true then
         raise exception 'model "%": parameters.command is missing', new.name
             using errcode = 'PH002', hint = 'Give the program as an array: {"command": ["python", "generate.py"], "repository": "..."}.';
+    elsif new.provider = 'openai_compatible' and new.base_url is null then
+        raise exception 'model "%" does not say where it is', new.name
+            using errcode = 'PH002', hint = 'Give the address of its API in base_url, with the version, for example http://localhost:8000/v1.';
+    elsif new.provider = 'simulator' then
+        perform _check_simulator(format('model "%s"', new.name), new.parameters);
     elsif new.provider in ('ensemble', 'hedge') then
         perform _refuse_idle(new);
         perform _check_composite(new);
@@ -78,11 +87,17 @@ begin
     elsif exists (select from models as m where m.id = new.model_id and m.provider in ('ensemble', 'hedge')) then
         raise exception 'model "%" has no price of its own: it only asks its members', new.model
             using errcode = 'PH002', hint = format('Give those prices: select name from pgharness.model_members as mm join pgharness.models as m on m.id = mm.member_id where mm.model_id = %s;', new.model_id);
+    elsif new.valid_from is null then
+        raise exception 'price of model "%" does not say from when it holds', new.model
+            using errcode = 'PH002', hint = 'Give valid_from, for example ''2026-07-01''; prices that hold until then are columns of pgharness.models.';
+    elsif new.valid_until <= new.valid_from then
+        raise exception 'price of model "%": valid_until is %, and valid_from is %', new.model, new.valid_until, new.valid_from
+            using errcode = 'PH002', hint = 'Leave valid_until out: a price holds until the next one begins.';
     end if;
     return new;
 end;
 $$;
-comment on function pgharness._check_model_prices() is 'Refuse a price that says nothing, or is of a composite (PH002).';
+comment on function pgharness._check_model_prices() is 'Refuse a price that says nothing, ends before it begins, or is of a composite (PH002).';
 
 create or replace function pgharness._protect_models() returns trigger
     language plpgsql volatile security invoker set search_path = pgharness, pg_temp

@@ -244,6 +244,15 @@ def test_starting_twice_with_a_key_starts_once(small: tuple[world.Database, Comm
     assert world.value(db, "select count(*) from pgharness.runs") == 1
 
 
+def test_estimate_says_what_a_run_would_come_to(small: tuple[world.Database, CommandLine]) -> None:
+    db, line = small
+    db.execute("update pgharness.models set output_usd_per_million = 1000 where name = 'quick'")
+    plan = line.call("estimate", "trial", "--json").json
+    assert 0 < plan["low_cost_usd"] < plan["cost_usd"] < plan["high_cost_usd"] and len(plan["combinations"]) == 1
+    assert "trial: 2 notes, 8 grades, about" in line.call("estimate", "trial").out
+    assert 'instance "trail" does not exist' in line.call("estimate", "trail", status=1).err
+
+
 def test_start_says_what_is_planned_and_that_nobody_works(small: tuple[world.Database, CommandLine]) -> None:
     _, line = small
     out = line.call("start", "trial", "--name", "monday morning").out
@@ -453,7 +462,7 @@ def test_doctor_names_missing_keys_and_code(small: tuple[world.Database, Command
     db.execute(
         "insert into pgharness.models (name, provider, parameters) values"
         """ ('panel', 'ensemble', '{"members": ["third", "local"]}'), ('spare', 'hedge', '{"members": ["panel"]}'),"""
-        """ ('torn', 'simulator', '{"latency_secondz": 1}')"""
+        """ ('torn', 'simulator', '{"error_rate": 0.6, "timeout_rate": 0.6}')"""
     )
     for generator in ("big", "other", "local", "mine", "spare", "torn"):
         db.execute(
@@ -467,7 +476,7 @@ def test_doctor_names_missing_keys_and_code(small: tuple[world.Database, Command
     assert "export OPENAI_API_KEY" in found["model big"][2]
     assert found["model other"] == ("ok", "its key TEAM_TWO_KEY is set here", "")
     assert found["model third"][:2] == ("warning", "its key TEAM_THREE_KEY is not set here"), "a member's member"
-    assert found["model torn"][0] == "error" and "latency_secondz" in found["model torn"][1]
+    assert found["model torn"][0] == "error" and "timeout_rate" in found["model torn"][1]
     assert not {"model panel", "model spare"} & found.keys()
     assert found["model mine"][:2] == ("warning", "runs code (python)") and "--allow-code" in found["model mine"][2]
     assert not {"model local", "model unused", "model quick", "model contains"} & found.keys()

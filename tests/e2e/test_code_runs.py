@@ -373,6 +373,7 @@ class StagedAsync(Runnable):
 _MODELS = """
 import asyncio
 from pgharness import AsyncContext, Context, experiment
+from pgharness.errors import RequestRejected
 from pydantic import BaseModel
 
 class Verdict(BaseModel):
@@ -403,6 +404,16 @@ def asking_for_money(ctx: Context):
 @experiment
 def asking_nobody(ctx: Context):
     ctx.complete_chat("nobody", "Hi.")
+
+@experiment
+def asking_otherwise(ctx: Context):
+    told = []
+    for model, parameters in (("pair", {}), ("pair", {"max_members": 1}), ("pair", {"temperature": 1}), ("simulator", {"qualitty": 1})):
+        try:
+            told.append(ctx.complete_chat(model, "Hi.", parameters=parameters).composition["responses"])
+        except RequestRejected as error:
+            told.append(str(error))
+    return told
 """
 _DIRECT = """
 from pgharness import Context, experiment
@@ -772,6 +783,16 @@ def test_code_keeps_to_a_budget_and_goes_on_with_a_larger_one(lab: CodeLab) -> N
     lab.db.execute(reason.partition("continue with: ")[2].replace("0.4", "100").encode())
     lab.wait(lambda: lab.progress(run_id)["status"] == "completed", "the rest")
     assert lab.root(run_id)["result"] == 60
+
+
+def test_parameters_of_a_question_count_as_in_a_combination(lab: CodeLab) -> None:
+    lab.db.execute(
+        "insert into pgharness.models (name, provider, parameters)"
+        """ values ('pair', 'ensemble', '{"members": ["simulator", "simulator"], "min_responses": 1}')"""
+    )
+    both, one, strange, mistyped = lab.root(lab.run("asking_otherwise"))["result"]
+    assert (both, one) == (2, 1)
+    assert "temperature: is not known" in strange and "qualitty: is not known" in mistyped
 
 
 def test_a_model_that_is_not_there_is_named(lab: CodeLab) -> None:

@@ -239,7 +239,7 @@ def test_prices_name_a_model_and_end_after_they_begin(tx: Database) -> None:
     insert = "insert into pgharness.model_prices (model, valid_from, valid_until, input_usd_per_million) values (%s, '2026-02-01', %s, 1)"
     with refused(tx, "PH001", "nobody"):
         tx.execute(insert, ("nobody", None))
-    with refused(tx, "23514", "model_prices_valid_until_check"):
+    with refused(tx, "PH002", "valid_until is 2026-01-01"):
         tx.execute(insert, ("simulator", "2026-01-01"))
     tx.execute(insert, ("simulator", None))
     with refused(tx, "23505", "model_prices_model_id_valid_from_key"):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from pgharness.gateway.ensemble_options import EnsembleParameters
 from pgharness.gateway.hedging import HedgeParameters
+from pgharness.gateway.simulated_world import SimulatorParameters
 from world import add_instance, call, note, record, refused, register, rows, start, value
 
 Database = Connection[Any]
@@ -110,6 +111,10 @@ def test_the_database_and_the_workers_know_the_same_parameters(
     tx: Database, provider: str, shape: type[BaseModel]
 ) -> None:
     assert value(tx, "select pgharness._composite_schema(%s)", provider) == bare(shape.model_json_schema())
+
+
+def test_the_database_and_the_workers_know_the_same_simulators(tx: Database) -> None:
+    assert value(tx, "select pgharness._simulator_schema()") == bare(SimulatorParameters.model_json_schema())
 
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {

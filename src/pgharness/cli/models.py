@@ -59,6 +59,12 @@ def add(
     settings: Set = None,
     base_url: Annotated[str | None, typer.Option(help="Where its API is, with the version.")] = None,
     api_key_env: Annotated[str | None, typer.Option(help="The environment variable that holds its key.")] = None,
+    input_usd: Annotated[
+        float | None, typer.Option(min=0, max=999_999, metavar="USD", help="Price of a million input tokens.")
+    ] = None,
+    output_usd: Annotated[
+        float | None, typer.Option(min=0, max=999_999, metavar="USD", help="Price of a million output tokens.")
+    ] = None,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up on a call after so long.")] = 120,
     replace: Annotated[bool, typer.Option("--replace", help="Change the model of that name.")] = False,
     as_json: Json = False,
@@ -70,6 +76,7 @@ def add(
     parameters = laid_over({"members": members} if members else {}, settings or (), {})
     row: dict[str, Any] = {"line": 1, "name": name, "provider": provider, "model": model, "parameters": parameters}
     row |= {"base_url": base_url, "api_key_env": api_key_env, "timeout_seconds": timeout}
+    row |= {"input_usd_per_million": input_usd, "output_usd_per_million": output_usd}
     given = {key: value for key, value in row.items() if value is not None}
     with session_of(context).connection() as connection:
         done = database.call(connection, "import_models", rows=json.dumps([given]), replace=replace)[0]
@@ -105,15 +112,13 @@ def ask(
     session = session_of(context)
     messages = [*([Message("system", system)] if system else []), Message("user", prompt)]
     parameters = laid_over({}, settings or (), {})
-    if "members" in parameters:
-        raise InvalidArgument("--set cannot exchange members", hint="Ask another model: pgharness models add --help")
     question = Question(messages, read_config(str(schema)) if schema else None, parameters, seed)
     with session.connection() as connection:
         names = {row["id"]: row["name"] for row in database.rows(connection, "models")}
     try:
         answer = asyncio.run(question.ask(session.url, session.settings, model))
     except ModelError as exc:
-        if not as_json:
+        if question.calls and not as_json:
             _print_calls(question, names)
         raise exc from None
     if as_json:

@@ -60,6 +60,7 @@ _PATIENCE_SECONDS = 5.0
 
 
 def add_to(app: typer.Typer) -> None:
+    app.command()(estimate)
     app.command()(start)
     app.command()(status)
     for name, function, text in (
@@ -95,6 +96,41 @@ def _control(function: str) -> Callable[..., None]:
             _print_receipt(connection, database.call(connection, function, run=run)[0], as_json)
 
     return command
+
+
+def estimate(
+    context: typer.Context,
+    instance: Annotated[str, typer.Argument(metavar="INSTANCE", help="An instance's name.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a run of an instance would come to: notes, grades, and their cost with a 90% interval.
+
+    Example: pgharness estimate triage-v2
+    """
+    with session_of(context).connection() as connection:
+        found = database.rows(connection, "expected_workload", instance=instance)
+        if not found:
+            raise NotFound(f'instance "{instance}" does not exist', hint="List them: pgharness instances list")
+        plan = found[0]
+        combinations = database.rows(connection, "expected_costs", instance=instance)
+    if as_json:
+        print_json(plan | {"combinations": combinations})
+        return
+    stdout.print(
+        f"{instance}: {plan['note_count']:,} notes, {plan['grade_count']:,} grades, about {usd(plan['cost_usd'])} USD "
+        f"({usd(plan['low_cost_usd'])} to {usd(plan['high_cost_usd'])}), by {plan['cost_basis']}",
+        markup=False,
+        soft_wrap=True,
+    )
+    columns: dict[str, Any] = {"combination": "combination", "notes": "note_count", "grades": "grade_count"}
+    columns["USD"] = lambda row: usd(row["note_cost_usd"] + row["grade_cost_usd"])
+    columns["from"] = lambda row: usd(row["low_cost_usd"])
+    columns["to"] = lambda row: usd(row["high_cost_usd"])
+    stdout.print(table(combinations, columns))
+    for model in plan["unpriced_models"]:
+        stdout.print(f"without a price, so counted as free: {model}", markup=False)
+    for problem in plan["problems"]:
+        stdout.print(f"cannot start: {problem}", markup=False)
 
 
 def start(

@@ -6,7 +6,9 @@ because tries are durable rows and belong to the caller.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pgharness.database import Database
 from pgharness.errors import RequestRejected
@@ -15,7 +17,8 @@ from pgharness.gateway.callables import PythonCallable
 from pgharness.gateway.calls import Member
 from pgharness.gateway.command import Command
 from pgharness.gateway.ensemble import Ensemble
-from pgharness.gateway.hedging import Hedge
+from pgharness.gateway.ensemble_options import EnsembleParameters
+from pgharness.gateway.hedging import Hedge, HedgeParameters
 from pgharness.gateway.limits import Limits
 from pgharness.gateway.observations import Observations
 from pgharness.gateway.plugged import METRIC_PREFIX, PluginMetric, PluginModel
@@ -25,6 +28,8 @@ from pgharness.plugins import IMPORT_SECONDS
 from pgharness.types import Completer, ModelSpec
 
 __all__ = ["Gateway"]
+
+_OPTIONS = EnsembleParameters.model_fields.keys() | HedgeParameters.model_fields.keys()
 
 
 class Gateway:
@@ -81,6 +86,21 @@ class Gateway:
                 raise RequestRejected(f"model '{spec.name}' is a metric, which writes no notes")
             case _:
                 return self._transport.completer(spec)
+
+    @staticmethod
+    def laid_over(spec: ModelSpec, parameters: Mapping[str, Any]) -> tuple[ModelSpec, Mapping[str, Any]]:
+        """Return a model with parameters laid over its own, and those that it takes with each request instead.
+
+        The options of a composite are its own, and others its members'.
+        """
+        if spec.members:
+            own = {name: value for name, value in parameters.items() if name in _OPTIONS}
+            others = {name: value for name, value in parameters.items() if name not in _OPTIONS}
+            members = tuple(Gateway.laid_over(member, others)[0] for member in spec.members)
+            return spec.model_copy(update={"parameters": {**spec.parameters, **own}, "members": members}), others
+        if spec.provider in ("simulator", "command"):
+            return spec.model_copy(update={"parameters": {**spec.parameters, **parameters}}), {}
+        return spec, parameters
 
     def account(self, spec: ModelSpec) -> Account:
         """Return what else the vendor of a model does for the holder of its key: files and batches."""

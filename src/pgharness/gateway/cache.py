@@ -364,7 +364,8 @@ def _member(spec: ModelSpec) -> Row:
 
 
 def _longest(spec: ModelSpec) -> float:
-    return max(spec.timeout_seconds, *map(_longest, spec.members)) if spec.members else spec.timeout_seconds
+    """Return how many seconds a call of a model may take: a composite may ask its members one after the other."""
+    return sum(map(_longest, spec.members)) or spec.timeout_seconds
 
 
 def _canonical(value: Any) -> bytes:

@@ -36,7 +36,7 @@ def _problems(parameters: Mapping[str, Any], exc: ValidationError) -> list[str]:
             other not in _OTHER_KINDS and there[: len(place)] == place for there, other, _ in found
         )
         if not is_idle:
-            message = message.removeprefix("Value error, ")
+            message = "is not known" if kind == "extra_forbidden" else message.removeprefix("Value error, ")
             told.append(f"{'.'.join(map(str, place))}: {message}" if place else message)
     return told
 

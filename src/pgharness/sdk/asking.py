@@ -10,7 +10,7 @@ from pgharness.database import Database, Row
 from pgharness.gateway import Gateway
 from pgharness.sdk.chat import Chat
 from pgharness.settings import Settings
-from pgharness.types import Completer, Completion, Message, ModelSpec
+from pgharness.types import Completion, Message
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -39,25 +39,17 @@ class Question:
                 plugin_seconds=settings.plugin_seconds,
                 database=database,
             )
-            chat = _Chat(database, gateway, {"run_id": 0, "max_concurrency": None})
-            chat.parameters = self.parameters
+            chat = Chat(database, gateway, {"run_id": 0, "max_concurrency": None})
             try:
                 return await chat.complete(
-                    self, model, self.messages, schema=self.schema, parameters={}, seed=self.seed
+                    self,
+                    model,
+                    self.messages,
+                    schema=self.schema,
+                    parameters=self.parameters,
+                    seed=self.seed,
+                    is_patient=False,
                 )
             finally:
                 await chat.close()
                 await gateway.aclose()
-
-
-class _Chat(Chat):
-    """The models with parameters laid over their own, as in a combination: a composite's choose how it votes."""
-
-    parameters: Mapping[str, Any] = {}
-
-    async def _model(self, name: str) -> tuple[ModelSpec, Completer]:
-        spec, completer = await super()._model(name)
-        if self.parameters:
-            spec = spec.model_copy(update={"parameters": {**spec.parameters, **self.parameters}})
-            completer = self._gateway.completer(spec, await self._own_limits(), self._answers)
-        return spec, completer

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import random
 import socket
@@ -51,7 +52,8 @@ class Chat:
         self._run = run
         self._database = database
         self._gateway = gateway
-        self._models: dict[str, tuple[ModelSpec, Completer]] = {}
+        self._loaded: dict[str, ModelSpec] = {}
+        self._models: dict[tuple[str, str], tuple[ModelSpec, Completer]] = {}  # by name, and what is laid over it
         self._asked: dict[int, Counter[int]] = {}  # of each try: how often it asked each question, by its hash
         self._opening: asyncio.Task[Limits] | None = None
         self._limits: Limits | None = None
@@ -69,9 +71,14 @@ class Chat:
         schema: Mapping[str, Any] | None,
         parameters: Mapping[str, Any],
         seed: int | None,
+        is_patient: bool = True,
     ) -> Completion:
-        """Ask a model, and again when that may help; each request is recorded and costed, and keeps to its limits."""
-        spec, completer = await self._model(model)
+        """Ask a model, and again when that may help; each request is recorded and costed, and keeps to its limits.
+
+        Who is patient waits for an outage or a rate limit to pass, however long that takes.
+        `parameters` are laid over the model's own: the options of a composite over its, others over its members'.
+        """
+        spec, completer, parameters = await self._model(model, parameters)
         count = self._count(asker, model, messages)
         request = Request(
             tuple(messages),
@@ -87,7 +94,7 @@ class Chat:
             try:
                 return await self._ask(asker, spec, completer, request)
             except ModelError as exc:
-                if not exc.is_retryable or (exc.spends_attempt and attempt >= _ATTEMPTS):
+                if not exc.is_retryable or ((exc.spends_attempt or not is_patient) and attempt >= _ATTEMPTS):
                     raise
                 if isinstance(exc, InvalidOutput):
                     request = replace(request, rejected=attempt)
@@ -105,13 +112,18 @@ class Chat:
         counts[asked] += 1
         return counts[asked]
 
-    async def _model(self, name: str) -> tuple[ModelSpec, Completer]:
-        if name not in self._models:
+    async def _model(self, name: str, parameters: Mapping[str, Any]) -> tuple[ModelSpec, Completer, Mapping[str, Any]]:
+        """Return a model with parameters laid over its own, and those that go with the request."""
+        if name not in self._loaded:
             row = (await self._database.persist("load_model", model=name))[0]["load_model"]
-            spec = ModelSpec.model_validate(row)
+            self._loaded[name] = ModelSpec.model_validate(row)
+        loaded = self._loaded[name]
+        changed, taken = self._gateway.laid_over(loaded, parameters) if parameters else (loaded, parameters)
+        key = name, "" if changed is loaded else json.dumps(parameters, sort_keys=True)
+        if key not in self._models:
             limits = await self._own_limits()
-            self._models[name] = spec, self._gateway.completer(spec, limits, self._answers)
-        return self._models[name]
+            self._models[key] = changed, self._gateway.completer(changed, limits, self._answers)
+        return *self._models[key], taken
 
     async def _ask(self, asker: Asker, spec: ModelSpec, completer: Completer, request: Request) -> Completion:
         answers = self._answers

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+from pgharness.gateway import Gateway
 from pgharness.sdk.chat import Chat
 from pgharness.sdk.scope import Scope
-from pgharness.types import Message
+from pgharness.types import Message, ModelSpec
 
 QUESTION = [Message("user", "Why?")]
 
@@ -29,3 +30,20 @@ def test_a_repeated_question_is_counted_within_a_try_and_forgotten_with_it() -> 
         assert chat._count(scope(ordinal), "gpt", QUESTION) == 1
     gc.collect()
     assert len(chat._asked) == 1 and chat._count(first, "gpt", QUESTION) == 4
+
+
+def test_parameters_are_laid_where_they_mean_something() -> None:
+    simulator = ModelSpec(id=1, name="s", provider="simulator", parameters={"quality": 1})
+    vendor = ModelSpec(id=2, name="v", provider="openai", model="gpt", parameters={"max_tokens": 9})
+    hedge = ModelSpec(id=3, name="h", provider="hedge", parameters={"members": ["v"]}, members=(vendor,))
+    panel = ModelSpec(
+        id=4, name="p", provider="ensemble", parameters={"members": ["h", "s"]}, members=(hedge, simulator)
+    )
+    assert Gateway.laid_over(vendor, {"max_tokens": 5}) == (vendor, {"max_tokens": 5}), "it goes with the request"
+    changed, taken = Gateway.laid_over(simulator, {"noise": 2})
+    assert (changed.parameters, taken) == ({"quality": 1, "noise": 2}, {})
+    changed, taken = Gateway.laid_over(panel, {"vote": "unanimous", "max_tokens": 5})
+    assert changed.parameters == {"members": ["h", "s"], "vote": "unanimous"} and taken == {"max_tokens": 5}
+    inner, sampled = changed.members
+    assert inner == hedge, "an option of the panel is none of its members'"
+    assert sampled.parameters == {"quality": 1, "max_tokens": 5}, "which a simulator refuses"
