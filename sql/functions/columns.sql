@@ -52,12 +52,12 @@ begin
     select * into v_problem from schema_violations(_column_schema(tg_table_name), v_row) limit 1;
     if found then
         raise exception '% "%": % %', tg_argv[0], coalesce(v_row ->> 'name', v_row ->> 'model', ''), v_problem.path, v_problem.problem
-            using errcode = 'PH002', hint = format('What each column holds: \d+ pgharness.%s, or docs/sql.md.', tg_table_name);
+            using errcode = '23514', hint = format('What each column holds: \d+ pgharness.%s, or docs/sql.md.', tg_table_name);
     end if;
     return new;
 end;
 $$;
-comment on function pgharness._check_columns() is 'Refuse a row with a value that its table would refuse, naming the column and what it may be (PH002).';
+comment on function pgharness._check_columns() is 'Refuse a row with a value that its table would refuse, naming the column and what it may be (23514, as the table would).';
 
 create or replace trigger _050_check_columns before insert or update on pgharness.projects
     for each row execute function pgharness._check_columns('project');

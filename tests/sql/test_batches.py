@@ -107,7 +107,7 @@ def test_a_simulator_and_a_gemini_are_asked_live(db: Database) -> None:
 def test_only_providers_with_batches_may_be_said_to_have_them(db: Database) -> None:
     with refused(db, "PH002", 'model "simulator" of provider simulator has no batches'):
         db.execute("update pgharness.models set has_batches = true where name = 'simulator'")
-    with refused(db, "PH002", "batch_deadline_seconds is 0"):
+    with refused(db, "23514", "batch_deadline_seconds is 0"):
         begin(db, batch_deadline_seconds=0)
 
 

@@ -246,7 +246,7 @@ def test_a_copy_of_an_instance_uses_the_cache_as_it_does(tx: Database) -> None:
 
 
 def test_a_mode_that_does_not_exist_is_refused(tx: Database) -> None:
-    with refused(tx, "PH002", 'response_cache is "always"', "replay"):
+    with refused(tx, "23514", 'response_cache is "always"', "replay"):
         add_instance(tx, cases=0, response_cache="always")
     add_instance(tx, cases=1)
     with refused(tx, "PH002", 'response_cache of a run cannot be "always"', "replay"):
