@@ -268,7 +268,7 @@ def test_a_registered_plan_and_its_deviations_are_reported(lab: Lab) -> None:
     section = next(each for each in report["sections"] if each["key"] == "preregistration")
     deviations = " ".join(section["blocks"][-1]["items"])
     assert "note replications: planned 1, was 8" in deviations
-    assert "uses alpha = 0.05, planned was 0.01" in deviations and "1 further pair of combinations" in deviations
+    assert "uses alpha = 0.05, planned was 0.01." in deviations and "1 further pair of combinations" in deviations
 
 
 def test_a_report_asked_for_in_sql_is_made_by_a_worker_once(lab: Lab, tmp_path: Path) -> None:
@@ -321,7 +321,14 @@ def test_what_code_recorded_is_reported(lab: Lab) -> None:
     read = tables(report)
     assert read["recorded_results"] == [{"key": "conclusion", "value": '{"is": "<b>|good|</b>"}'}]
     assert read["recorded_metrics"] == [
-        {"name": "accuracy", "count": 2, "mean": 0.875, "low": 0.75, "high": 1.0, "last": 1.0}
+        {
+            "name": "accuracy",
+            "value_count": 2,
+            "mean_value": 0.875,
+            "min_value": 0.75,
+            "max_value": 1.0,
+            "last_value": 1.0,
+        }
     ]
     assert read["completeness"] == [{"run": "told/1", "status": "completed", "tasks": 1, "tasks_failed": 0}]
     assert "results" not in read and "pairs" not in read

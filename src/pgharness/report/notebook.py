@@ -39,17 +39,23 @@ def rows(key):
     return TABLES[key]["rows"]
 
 
-def shown(value):
+FORMS = {"score": ".3f", "difference": "+.3f", "p": ".3f", "count": ",.0f", "number": ",.3g", "ms": ",.4g"}
+
+
+def shown(value, kind="text"):
+    """Return a value as a table shows it; rows() has it unrounded."""
     if value is None:
         return "-"
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    if kind == "p" and value < 0.001:
+        return "<.001"
+    return str(value) if isinstance(value, (str, bool)) else format(value, FORMS.get(kind, ",.6g"))
 
 
-def table(key):
-    """Show a table."""
+def table(key, most=200):
+    """Show a table: its first rows, of very many; rows() has all."""
     found = TABLES[key]
     columns = [column for column in found["columns"] if not column["is_detail"]]
-    lines = [[shown(row[column["key"]]) for column in columns] for row in found["rows"]]
+    lines = [[shown(row[column["key"]], column["kind"]) for column in columns] for row in found["rows"][:most]]
     if HTML is None:
         print(found["caption"], *("\\t".join(line) for line in lines), sep="\\n")
         return
@@ -144,7 +150,7 @@ def _code(source: str, *outputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_output(table: Table) -> dict[str, Any]:
-    kept = table.without_details()
+    kept = table.without_details().beginning(markdown.MOST_ROWS)
     lines = [[column.label for column in kept.columns]]
     lines += [[shown(value, c.kind) for c, value in zip(kept.columns, row, strict=True)] for row in kept.rows]
     widths = [min(40, max(map(len, column))) for column in zip(*lines, strict=True)]
