@@ -26,6 +26,8 @@ select used.run_id, r.name as run, ru.author, bool_and(ru.is_human) as is_human,
 comment on view pgharness.run_rubric_authors is
 'One row per run and author of rubrics that its grades go by: how many rubrics, with how many criteria. Example: select author, rubric_count from pgharness.run_rubric_authors where run_id = 1;';
 comment on column pgharness.run_rubric_authors.is_human is 'Whether people wrote all of them.';
+comment on column pgharness.run_rubric_authors.rubric_count is 'Rubrics of theirs that are used.';
+comment on column pgharness.run_rubric_authors.criterion_count is 'Criteria in these.';
 
 create or replace view pgharness.run_metric_totals with (security_invoker = true) as
 select m.run_id, r.name as run, m.name, count(*) as value_count, avg(m.value) as mean_value, min(m.value) as min_value, max(m.value) as max_value,
@@ -37,3 +39,7 @@ select m.run_id, r.name as run, m.name, count(*) as value_count, avg(m.value) as
 comment on view pgharness.run_metric_totals is
 'One row per run and metric that its code recorded: its finite values in short. Example: select name, mean_value from pgharness.run_metric_totals where run_id = 1;';
 comment on column pgharness.run_metric_totals.last_value is 'The value that was recorded last.';
+comment on column pgharness.run_metric_totals.value_count is 'How many there are.';
+comment on column pgharness.run_metric_totals.mean_value is 'Their mean.';
+comment on column pgharness.run_metric_totals.min_value is 'The lowest.';
+comment on column pgharness.run_metric_totals.max_value is 'The highest.';

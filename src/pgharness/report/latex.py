@@ -7,6 +7,7 @@ of other scripts than Latin, with the others those that no font of the computer'
 
 from __future__ import annotations
 
+import math
 import re
 
 from pgharness.report.model import (
@@ -18,6 +19,7 @@ from pgharness.report.model import (
     Points,
     Report,
     Table,
+    Value,
     Verbatim,
     cleaned,
     shown,
@@ -67,7 +69,8 @@ _EXTENDED = frozenset("ĄąĆćČčĎďĐđĘęĚěĞğİıĹĺĽľŁłŃńŇň�
 _UNBROKEN = 9
 _WIDE = 110  # characters that a line of a table of the smallest size may take
 _MOST_ROWS = 200
-_LONG = 30  # rows beyond which a table may go over pages
+_MOST_LETTERS = 400  # of a cell
+_LONG = 40  # lines beyond which a table may go over pages
 
 _HEAD = r"""\documentclass[10pt]{article}
 \usepackage{iftex}
@@ -133,7 +136,7 @@ def _word(word: str) -> str:
     for letter in word:
         parts.append(_letter(letter))
         since += 1
-        if letter in "/_-.,:;=|&?\\" or since >= _UNBROKEN * 2:
+        if letter in '/_-.,:;=|&?"\\' or since >= _UNBROKEN * 2:
             parts.append(r"\hspace{0pt}" if len(word) > _UNBROKEN else "")
             since = 0
     return "".join(parts)
@@ -204,16 +207,15 @@ def _table(table: Table) -> str:
     notes = "".join(rf"\par {escaped(note)}" for note in table.notes)
     if not table.rows and notes:
         return f"\\textbf{{{escaped(table.caption)}}}{notes}\n"
-    size, columns = _layout(table)
+    size, columns, line_count = _layout(table)
     head = " & ".join(rf"\textbf{{{escaped(column.label)}}}" for column in table.columns) + r" \\"
     rows = [
-        " & ".join(escaped(shown(value, column.kind)) for column, value in zip(table.columns, row, strict=True))
-        + r" \\"
+        " & ".join(escaped(_cell(value, column)) for column, value in zip(table.columns, row, strict=True)) + r" \\"
         for row in table.rows
     ]
     notes = f"\\par\\smallskip{{\\footnotesize\\raggedright{notes}\\par}}\n" if notes else ""
     caption = escaped(table.caption)
-    if len(rows) > _LONG:
+    if line_count > _LONG:
         lines = [rf"{{{size}\begin{{longtable}}{{{columns}}}", rf"\caption{{{caption}}}\\", r"\toprule", head]
         lines += [r"\midrule", r"\endfirsthead", r"\toprule", head, r"\midrule", r"\endhead", r"\bottomrule"]
         lines += [r"\endfoot", *rows, r"\end{longtable}}", notes]
@@ -228,8 +230,20 @@ def _table(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _layout(table: Table) -> tuple[str, str]:
-    """Return the size of the letters and the columns' widths, which fill the line and no more."""
+def _cell(value: Value, column: Column) -> str:
+    """Return a value as a cell shows it, not longer than a page has room for: a code point takes that of 8 letters."""
+    text = shown(value, column.kind)
+    most = _MOST_LETTERS // (8 if _printed(text) > 2 * len(text) else 1)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def _printed(text: str) -> int:
+    """Return how many letters wide a text is where all letters of other scripts are shown as code points."""
+    return len(text) if text.isascii() else sum(8 if ord(letter) > 0x2BF else 1 for letter in text)
+
+
+def _layout(table: Table) -> tuple[str, str, int]:
+    """Return the letters' size, the columns' widths, which fill the line and no more, and about how many lines."""
     wanted = [_width(table, place) for place in range(len(table.columns))]
     size = r"\small" if sum(wanted) < 75 else r"\footnotesize" if sum(wanted) < 95 else r"\scriptsize"
     total = max(sum(wanted), 60)
@@ -238,7 +252,12 @@ def _layout(table: Table) -> tuple[str, str]:
         room = max(_WIDE - (sum(wanted) - texts), texts * 0.25)
         wanted = [w if c.is_number else w * room / texts for w, c in zip(wanted, table.columns, strict=True)]
         total = sum(wanted)
-    return size, "".join(_column(column, w / total) for column, w in zip(table.columns, wanted, strict=True))
+    shares = [each / total for each in wanted]
+    lines = 0
+    for row in table.rows:
+        cells = [_cell(value, column) for value, column in zip(row, table.columns, strict=True)]
+        lines += max(math.ceil(_printed(cell) / (share * _WIDE)) for cell, share in zip(cells, shares, strict=True))
+    return size, "".join(map(_column, table.columns, shares)), lines
 
 
 def _width(table: Table, place: int) -> float:
