@@ -42,7 +42,10 @@ def costs(data: Sequence[RunData]) -> Section:
     blocks: list[Block] = [table_of("costs", "Calls, tokens and cost", totals, [run.costs for run in data])]
     performance = [row for run in data for row in run.performance]
     if performance:
-        note = "Latencies are of calls that succeeded, by model and what it was called for."
+        note = (
+            "Latencies are of calls that succeeded, by model and what it was called for; beyond 50,000 notes or "
+            "grades, of an even sample of about so many."
+        )
         blocks.append(table_of("models_performance", "Calls by model", calls, performance, [note]))
     blocks += _cost_figures(data, performance)
     return Section("costs", "Costs and latencies", tuple(blocks))
