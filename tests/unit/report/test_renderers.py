@@ -31,7 +31,9 @@ from pgharness.report.model import (
     Table,
     Verbatim,
     cleaned,
+    drawn,
     shown,
+    some_of,
     usd,
 )
 
@@ -183,6 +185,29 @@ def test_pages_show_the_beginning_of_a_long_table_and_say_where_all_of_it_is() -
     assert shown_rows.count("row-") == 400
 
 
+def test_words_from_right_to_left_do_not_move_the_numbers_beside_them() -> None:
+    text = "\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd: 14 cases"
+    apart = "\u2068\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd\u2069: 14 cases"
+    made = report_of(text)
+    assert f"<p>{apart}</p>" in text_of(made, "html") and f"\n{apart}\n" in text_of(made, "md")
+    assert r"\rightleft{" in text_of(made, "latex") and text in json.loads(text_of(made, "json"))["summary"]
+
+
+def test_a_figure_of_many_rows_shows_the_first_and_says_so() -> None:
+    rows = [{"label": f"m{n}", "value": n, "low": None, "high": None} for n in range(1_000)]
+    made = drawn("f", "intervals", "Means.", "x", rows, lambda row: row["label"])
+    assert len(made.rows) == 40 and made.caption == "Means. The first 40 of 1,000: the tables have all."
+    assert made.alt.endswith("m38; m39.") and len(figures.draw(made, "png")) > 1_000
+    assert some_of(["a", "b", "c"], 2) == "a, b and 1 more" and some_of(["a"]) == "a"
+
+
+def test_of_a_difference_both_names_are_seen() -> None:
+    one, two = "the first of two long names", "the second of two long names"
+    row = {"label": f"{one} - {two}", "of": [one, two], "value": 1.0, "low": None, "high": None, "differs": True}
+    shown_row = figures._labelled_with(Figure("f", "differences", "c", "a", "x", (row,)))[0].rows[0]
+    assert shown_row["label"] == "the first …ong names \N{MINUS SIGN} the second…ong names"
+
+
 # -- HTML
 
 
@@ -277,13 +302,17 @@ def test_latex_has_no_command_that_is_not_ours(text: str) -> None:
     assert "\\" not in rest and not re.search(r"[$&#%_^]", rest) and "\n" not in rest
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
-def test_latex_compiles_whatever_the_texts(whole: Report, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["pdflatex", "lualatex"])
+def test_latex_compiles_whatever_the_texts(whole: Report, tmp_path: Path, program: str) -> None:
+    needed = {"pdflatex": "lmodern.sty", "lualatex": "luaotfload.sty"}[program]
+    if shutil.which(program) is None or subprocess.run(["kpsewhich", needed], capture_output=True).returncode != 0:
+        pytest.skip(f"{program} is not installed")
     write(files_of(whole, ["latex"]), tmp_path)
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "report.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=120)
+    command = [program, "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "report.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=240)
     assert done.returncode == 0, done.stdout[-3000:]
     assert (tmp_path / "report.pdf").stat().st_size > 10_000
+    assert "Float too large" not in done.stdout and not re.search(r"Overfull .vbox \(\d\d", done.stdout)
 
 
 # -- notebook, JSON, CSV
