@@ -312,7 +312,7 @@ def test_every_kind_of_deviation_from_a_plan_is_reported(lab: Lab, tmp_path: Pat
     ):
         assert text in told, text
     assert report["summary"][1].startswith(
-        "1 of 2 registered hypotheses is supported at alpha = 0.01, corrected (Benja"
+        "0 of 2 registered hypotheses are supported at alpha = 0.01, corrected (Benja"
     )
     assert "cannot be tested: twin differs from careful." in report["summary"][1]
     assert report["summary"][2].startswith("Beyond the plan: ")
