@@ -83,7 +83,7 @@ def _height(figure: Figure) -> float:
     count = max(len(figure.rows), 1)
     match figure.kind:
         case "distributions":
-            return 0.5 + 0.75 * count
+            return 0.9 + 0.6 * count
         case "costs":
             return 3.4
         case _:
@@ -164,20 +164,17 @@ def _differences(canvas: Canvas, figure: Figure) -> None:
 
 
 def _distributions(canvas: Canvas, figure: Figure) -> None:
-    count = max(len(figure.rows), 1)
-    panels = canvas.subplots(count, 1, sharex=True, sharey=True, squeeze=False)
-    for axes, row in zip(panels[:, 0], figure.rows, strict=False):
-        bins = row["bins"]
-        width = 1 / len(bins)
-        axes.bar(
-            [(place + 0.5) * width for place in range(len(bins))], bins, width=width * 0.92, color=BLUE, alpha=0.75
-        )
-        axes.axvline(row["median"], color=ORANGE, linewidth=2)
-        axes.set_title(row["label"], loc="left", fontsize=9, color=INK)
-        axes.set_title(f"{row['count']:,} cases", loc="right", fontsize=8, color=INK)
-        axes.set_yticks([])
-        axes.set_xlim(0, 1)
-    panels[-1, 0].set_xlabel(figure.axis)
+    axes = canvas.subplots()
+    most = max((max(row["bins"]) for row in figure.rows), default=0) or 1
+    for place, row in zip(_labelled(axes, figure), figure.rows, strict=True):
+        width, floor = 1 / len(row["bins"]), place + 0.38
+        middles = [(number + 0.5) * width for number in range(len(row["bins"]))]
+        axes.bar(middles, [-0.8 * count / most for count in row["bins"]], 0.92 * width, floor, color=BLUE, alpha=0.75)
+        axes.axhline(floor, color=INK, linewidth=0.6)
+        axes.plot([row["median"]] * 2, [floor, floor - 0.85], color=ORANGE, linewidth=2)
+        told = f"{row['count']:,} case{'' if row['count'] == 1 else 's'}"
+        axes.text(1.01, place, told, transform=axes.get_yaxis_transform(), verticalalignment="center", fontsize=8)
+    axes.set_xlim(0, 1)
 
 
 def _costs(canvas: Canvas, figure: Figure) -> None:
