@@ -93,17 +93,20 @@ def _asked(data: Sequence[RunData]) -> str:
 
 
 def _scored(data: Sequence[RunData]) -> str:
-    rows = estimates(data)
-    if not rows:
-        return ""
-    best = max(rows, key=lambda row: row["mean"])
-    if len(rows) == 1:
-        return f"The mean score of {best['label']} is {_estimated(best)}."
-    worst = min(rows, key=lambda row: row["mean"])
-    return (
-        f"The highest mean score is that of {best['label']}, {_estimated(best)}, the lowest that of {worst['label']}, "
-        f"{_estimated(worst)}; brackets hold confidence intervals over cases."
-    )
+    """Say the extremes of each run's means: those of different runs may be of different cases."""
+    texts = []
+    for run in data:
+        rows = estimates([run])
+        where = f"In run {run.name}, the" if len(data) > 1 else "The"
+        if len(rows) == 1:
+            texts.append(f"{where} mean score of {rows[0]['combination']} is {_estimated(rows[0])}.")
+        elif rows:
+            best, worst = (extreme(rows, key=lambda row: row["mean"]) for extreme in (max, min))
+            texts.append(
+                f"{where} highest mean score is that of {best['combination']}, {_estimated(best)}, the lowest that of "
+                f"{worst['combination']}, {_estimated(worst)}; brackets hold confidence intervals over cases."
+            )
+    return " ".join(texts)
 
 
 def _estimated(row: dict[str, object]) -> str:
