@@ -45,8 +45,9 @@ begin
         select r.* into v_report from reports as r
          where r.inputs_digest = v_digest and r.run_ids = v_run_ids and r.formats = request_report.formats and r.alpha = request_report.alpha
            and (r.status in ('pending', 'running')
-                or r.status = 'succeeded' and (r.version in (select w.version from workers as w where w.status = 'running')
-                                               or not exists (select from workers as w where w.status = 'running')))
+                or r.status = 'succeeded' and _is_report_current(r)
+                   and (r.version in (select w.version from workers as w where w.status = 'running')
+                        or not exists (select from workers as w where w.status = 'running')))
          order by r.id desc limit 1;
         if found then
             return v_report;
@@ -58,7 +59,18 @@ begin
 end;
 $$;
 comment on function pgharness.request_report(text, text[], text[], double precision, boolean) is
-'Ask for a report on a run, given by name or id, or on several that are compared; a worker makes it, and report_files has its files. formats are of html, md, latex, ipynb, json, csv. Idempotent: one that was made of the same grades by the same version, or is being made, is returned as it is, unless anew. Raises PH001, PH002. Example: select id, status from pgharness.request_report(''triage-v2/1'', formats => ''{html,md}'');';
+'Ask for a report on a run, given by name or id, or on several that are compared; a worker makes it, and report_files has its files. formats are of html, md, latex, ipynb, json, csv. Idempotent: one that was made of the same ended runs by the same version, or is being made, is returned as it is, unless anew. Raises PH001, PH002. Example: select id, status from pgharness.request_report(''triage-v2/1'', formats => ''{html,md}'');';
+
+create or replace function pgharness._is_report_current(report pgharness.reports) returns boolean
+    language sql stable security invoker set search_path = pgharness, pg_temp
+as $$
+    select not exists (select from runs as r where r.id = any (report.run_ids) and (r.finished_at is null or r.finished_at >= report.started_at))
+       and not exists (select from analyses as a where a.run_ids && report.run_ids and a.finished_at >= report.started_at)
+       and not exists (select from preregistrations as p join runs as r on r.instance_id = p.instance_id
+                        where r.id = any (report.run_ids) and p.created_at >= report.started_at);
+$$;
+comment on function pgharness._is_report_current(pgharness.reports) is
+'Whether nothing that a report says besides scores can have changed since it was begun: its runs had ended, and nobody analysed them or registered a plan after that.';
 
 create or replace function pgharness.request_report(
     run_id bigint, formats text[] default '{html,md}', compared_with text[] default '{}', alpha double precision default 0.05, anew boolean default false

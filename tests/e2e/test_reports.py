@@ -268,7 +268,79 @@ def test_a_registered_plan_and_its_deviations_are_reported(lab: Lab) -> None:
     section = next(each for each in report["sections"] if each["key"] == "preregistration")
     deviations = " ".join(section["blocks"][-1]["items"])
     assert "note replications: planned 1, was 8" in deviations
-    assert "uses alpha = 0.05, planned was 0.01" in deviations and "1 further pair of combinations" in deviations
+    assert "uses alpha = 0.05, planned was 0.01." in deviations and "1 further pair of combinations" in deviations
+
+
+def test_every_kind_of_deviation_from_a_plan_is_reported(lab: Lab, tmp_path: Path) -> None:
+    with psycopg.connect(lab.url, autocommit=True) as db:
+        names = [name for (name,) in db.execute("select name from pgharness.cases order by id").fetchall()]
+        planted.start(db, "strayed", cases=names[:6])  # a run before the plan
+        plan = [{"first": "careful", "second": "hasty", "direction": "higher"}, {"first": "twin", "second": "careful"}]
+        db.execute(
+            "select pgharness.preregister('strayed', %s, 'mean_score by ann', 't', 0.01, 'bh')", (json.dumps(plan),)
+        )
+        db.execute("delete from pgharness.instance_cases where case_name = %s", (names[5],))
+        db.execute("delete from pgharness.model_combinations where instance = 'strayed' and name = 'twin'")
+        db.execute(
+            "insert into pgharness.model_combinations (instance, name, generator, grader) values ('strayed', 'late', 'study/hasty', 'study/judge')"
+        )
+        world.start(db, "strayed")
+        db.execute("select pgharness.preregister('strayed', %s)", (json.dumps(plan[:1]),))
+        lab.cli.work()
+        db.execute(
+            "select pgharness.request_analysis('compare', runs => '{strayed/2}', options => '{\"alpha\": 0.2, \"test\": \"sign\"}')"
+        )
+        lab.cli.work()
+    report = lab.report("strayed/2")
+    section = next(each for each in report["sections"] if each["key"] == "preregistration")
+    told = " ".join(section["blocks"][-1]["items"])
+    for text in (
+        "cases: planned 6, was 5.",
+        "runs before it was registered: planned 0, was 1.",
+        "careful scores higher than hasty: tested on 5 cases, planned were 6.",
+        "not tested: twin differs from careful; they share 0 cases with grades.",
+        "outside of this section the report uses alpha = 0.05, planned was 0.01; test auto, planned was t; correction holm,"
+        " planned was bh; metric mean_score, planned was mean_score by ann.",
+        "the report compares 2 further pairs of combinations, which is exploratory.",
+        "another plan was registered at",
+        "alpha: planned 0.01, was 0.2.",
+        "test: planned t, was sign.",
+        "metric: planned mean_score by ann, was mean_score.",
+        "correction: planned bh, was holm.",
+        "hypothesis not tested: planned twin against careful, was none.",
+        "extra comparison: planned none, was",
+    ):
+        assert text in told, text
+    assert report["summary"][1].startswith(
+        "0 of 2 registered hypotheses are supported at alpha = 0.01, corrected (Benja"
+    )
+    assert "cannot be tested: twin differs from careful." in report["summary"][1]
+    assert report["summary"][2].startswith("Beyond the plan: ")
+    # what analyses did is not in an archive, and all numbers are
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    lab.cli.call("archive", "strayed/2", "--keep", "--out", str(tmp_path))
+    done = lab.cli.call(
+        "report", "--archive", *map(str, tmp_path.glob("*.zip")), "--check", str(tmp_path / "report.json")
+    )
+    assert "are reproduced" in done.out
+
+
+def test_a_plan_that_came_after_the_start_is_told_and_not_used(lab: Lab) -> None:
+    with psycopg.connect(lab.url, autocommit=True) as db:
+        db.execute(
+            "select pgharness.preregister('study', %s)", (json.dumps([{"first": "careful", "second": "hasty"}]),)
+        )
+    report = lab.report("study/1")
+    section = next(each for each in report["sections"] if each["key"] == "preregistration")
+    assert re.match(
+        r"A plan was registered at .*, after it had started: run study/1 has no plan, and all",
+        section["blocks"][0]["text"],
+    )
+    assert "hypotheses" not in tables(report) and "registered hypothes" not in " ".join(report["summary"])
+    limits = next(each for each in report["sections"] if each["key"] == "limits")["blocks"][0]["items"]
+    assert any(
+        item.startswith("No hypothesis or primary metric was registered before the runs started") for item in limits
+    )
 
 
 def test_a_report_asked_for_in_sql_is_made_by_a_worker_once(lab: Lab, tmp_path: Path) -> None:
@@ -290,6 +362,10 @@ def test_a_report_asked_for_in_sql_is_made_by_a_worker_once(lab: Lab, tmp_path: 
             None,
         )
         assert world.rows(db, query)[0]["id"] == asked["id"]
+        # what an analysis did since is in a report, so the old one is not it
+        db.execute("select pgharness.request_analysis('compare', runs => '{again/1}')")
+        lab.cli.work()
+        assert world.rows(db, query)[0]["id"] > failed
         (broken,) = world.rows(db, "select status, error, hint from pgharness.reports where id = %s", failed)
         assert broken == {
             "status": "failed",
@@ -321,7 +397,14 @@ def test_what_code_recorded_is_reported(lab: Lab) -> None:
     read = tables(report)
     assert read["recorded_results"] == [{"key": "conclusion", "value": '{"is": "<b>|good|</b>"}'}]
     assert read["recorded_metrics"] == [
-        {"name": "accuracy", "count": 2, "mean": 0.875, "low": 0.75, "high": 1.0, "last": 1.0}
+        {
+            "name": "accuracy",
+            "value_count": 2,
+            "mean_value": 0.875,
+            "min_value": 0.75,
+            "max_value": 1.0,
+            "last_value": 1.0,
+        }
     ]
     assert read["completeness"] == [{"run": "told/1", "status": "completed", "tasks": 1, "tasks_failed": 0}]
     assert "results" not in read and "pairs" not in read

@@ -42,6 +42,34 @@ def test_a_report_is_asked_for_by_name_or_id_and_once(tx: Database) -> None:
     assert ask(tx, "'trial/1', formats => '{json}'")["id"] != first["id"] != ask(tx, "'trial/1', anew => true")["id"]
 
 
+def test_what_was_made_of_a_run_that_goes_on_is_made_anew(tx: Database) -> None:
+    worker = register(tx)
+    version = value(tx, "select version from pgharness.workers")
+
+    def made(minute: int) -> int:
+        """Ask for a report at a time, and make it if it is a new one."""
+        tx.execute("select set_config('pgharness.fake_now', %s, true)", (f"2030-01-01 00:{minute:02}+00",))
+        report = ask(tx)["id"]
+        for taken in rows(tx, "select id from pgharness.take_report(%s)", worker):
+            finish = "select pgharness.finish_report(%s, %s, 'R', %s, '[]')"
+            assert value(tx, finish, taken["id"], worker, version) is True
+        return int(report)
+
+    begun, later = made(1), made(2)
+    assert later > begun
+    tx.execute("select pgharness.cancel_run('trial/1')")
+    ended = made(3)
+    assert ended > later and made(4) == ended
+    plan = json.dumps([{"first": "gen -> judge", "second": "other"}])
+    tx.execute("insert into pgharness.models (name, provider) values ('another', 'simulator')")
+    tx.execute(
+        "insert into pgharness.model_combinations (instance, name, generator, grader) select 'trial', n, 'another', 'exact_match'"
+        " from unnest('{gen -> judge,other}'::text[]) as n"
+    )
+    tx.execute("select pgharness.preregister('trial', %s)", (plan,))
+    assert made(5) > ended
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

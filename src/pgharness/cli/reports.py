@@ -12,7 +12,7 @@ import typer
 from psycopg import Connection
 from rich.text import Text
 
-from pgharness import database, schema
+from pgharness import __version__, database, schema
 from pgharness.cli.session import Session, session_of, stderr, stdout
 from pgharness.errors import HarnessError, NotFound, WrongState
 
@@ -89,11 +89,14 @@ def _check(earlier: Earlier, made: Report) -> None:
     """Say that an earlier report is reproduced; raise HarnessError where it is not."""
     found = earlier.differences(made)
     if found:
+        hint = "Was it made of the same runs, with the same --alpha?"
+        if earlier.version != __version__:
+            hint = f"pgharness {earlier.version} made it, and this is {__version__}: check it with that version."
         more = [f"... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         raise HarnessError(
             f"{earlier.path} says something else in {len(found)} {'place' if len(found) == 1 else 'places'}",
             detail="\n".join([*found[:_SHOWN], *more]),
-            hint="Was it made of the same runs, with the same --alpha, by the same version of pgharness?",
+            hint=hint,
         )
     stdout.print(Text(f"all numbers of {earlier.path} are reproduced"), soft_wrap=True)
 

@@ -11,9 +11,22 @@ from psycopg import Connection
 
 from pgharness.analysis import Comparison, PairComparison, compare, load_scores
 from pgharness.database import Row
-from pgharness.report.model import Block, Column, Figure, Paragraph, Points, Section, shown
+from pgharness.report.model import (
+    Block,
+    Column,
+    Figure,
+    Paragraph,
+    Points,
+    Section,
+    Table,
+    counted,
+    drawn,
+    shown,
+    some_of,
+    table_of,
+)
 from pgharness.report.reading import RunData
-from pgharness.report.sections import counted, table_of
+from pgharness.stats.results import Result
 
 _SENTENCES = 15
 
@@ -33,8 +46,20 @@ _PAIRS = (
     Column("effect_name", "Effect", about="Which effect size.", is_detail=True),
     Column("cases", "Cases", "count", "Cases that both have: the pairs that are tested."),
     Column("test", "Test"),
+    Column("statistic", "Statistic", "number", "Of the test.", is_detail=True),
+    Column("df", "df", "number", "Degrees of freedom of the test.", is_detail=True),
     Column("alternative", "Robust alternative", about="Another test of the same pair.", is_detail=True),
     Column("alternative_p", "Its p", "p", "Not corrected.", is_detail=True),
+)
+_OVERALL = (
+    Column("test", "Test"),
+    Column("groups", "Groups", "count"),
+    Column("cases", "Cases", "count", "Cases that all of them have."),
+    Column("statistic_name", "Statistic"),
+    Column("statistic", "Value", "number"),
+    Column("df", "df", "number"),
+    Column("df_error", "df of error", "number"),
+    Column("p_value", "p", "p"),
 )
 
 
@@ -113,17 +138,10 @@ def _family(family: Family, *, is_titled: bool) -> list[Block]:
     ]
     caption = family.title if is_titled else "Pairwise differences on shared cases"
     blocks: list[Block] = []
-    if made.overall is not None:
-        result = made.overall.result
-        blocks.append(
-            Paragraph(
-                f"{family.title}: over all {counted(len(made.groups), 'group')} together, {result.test} gives "
-                f"{result.statistic_name} = {shown(result.statistic, 'number')}, p {_p(result.p_value)}. "
-                "The pairs below are judged by their own corrected tests."
-            )
-        )
     blocks.append(table_of(family.key, caption, _PAIRS, [_pair_row(pair) for pair in made.pairs], notes))
     blocks.append(_differences(family, level))
+    if made.overall is not None:
+        blocks.append(_overall(family, made.overall.result))
     sentences = [pair.sentence for pair in made.pairs]
     if len(sentences) > _SENTENCES:
         sentences = [*sentences[:_SENTENCES], f"{len(sentences) - _SENTENCES} more pairs are in the table."]
@@ -132,9 +150,24 @@ def _family(family: Family, *, is_titled: bool) -> list[Block]:
     return blocks
 
 
-def _p(value: float) -> str:
-    text = shown(value, "p")
-    return text.replace("<", "< ").replace(">", "> ") if text[0] in "<>" else f"= {text}"
+def _overall(family: Family, result: Result) -> Table:
+    note = "It asks whether any of them differ at all; the pairs are judged by their own corrected tests."
+    row = _statistic(result) | {"groups": len(family.comparison.groups), "p_value": result.p_value}
+    row |= {"cases": result.n if isinstance(result.n, int) else None}
+    return table_of(f"overall_{family.key}", f"{family.title}: all together", _OVERALL, [row], [note])
+
+
+def _statistic(result: Result | None) -> Row:
+    if result is None:
+        return {}
+    df = result.df[0] if isinstance(result.df, tuple) else result.df
+    return {
+        "test": result.test,
+        "statistic_name": result.statistic_name,
+        "statistic": result.statistic,
+        "df": df,
+        "df_error": result.df[1] if isinstance(result.df, tuple) else None,
+    }
 
 
 def _pair_row(pair: PairComparison) -> Row:
@@ -152,7 +185,7 @@ def _pair_row(pair: PairComparison) -> Row:
         "effect": effect.value if effect else None,
         "effect_low": effect.interval.low if effect and effect.interval else None,
         "effect_high": effect.interval.high if effect and effect.interval else None,
-        "test": pair.choice.result.test if pair.choice else None,
+        **_statistic(pair.choice.result if pair.choice else None),
         "p_value": pair.p_value,
         "p_corrected": pair.p_corrected,
         "alternative": other.test if other else None,
@@ -162,9 +195,10 @@ def _pair_row(pair: PairComparison) -> Row:
 
 
 def _differences(family: Family, level: str) -> Figure:
-    points = tuple(
+    points = [
         {
             "label": f"{pair.first} \N{MINUS SIGN} {pair.second}",
+            "of": [pair.first, pair.second],
             "value": pair.difference,
             "low": pair.interval.low if pair.interval else None,
             "high": pair.interval.high if pair.interval else None,
@@ -172,17 +206,17 @@ def _differences(family: Family, level: str) -> Figure:
         }
         for pair in family.comparison.pairs
         if pair.difference is not None
-    )
-    told = "; ".join(
-        f"{p['label']}: {shown(p['value'], 'difference')} "
-        f"[{shown(p['low'], 'difference')}, {shown(p['high'], 'difference')}]"
-        for p in points
-    )
+    ]
     caption = (
         f"{family.title}: mean differences with {level} intervals; filled where the corrected test finds a difference."
     )
-    alt = f"Differences. {told}."
-    return Figure(f"differences_{family.key}", "differences", caption, alt, "difference of mean scores", points)
+    axis = "difference of mean scores"
+    return drawn(f"differences_{family.key}", "differences", caption, axis, points, _difference_in_words)
+
+
+def _difference_in_words(point: dict[str, Any]) -> str:
+    ends = f"{shown(point['low'], 'difference')}, {shown(point['high'], 'difference')}"
+    return f"{point['label']}: {shown(point['value'], 'difference')} [{ends}]"
 
 
 def _reasons(made: Comparison) -> list[Block]:
@@ -203,4 +237,4 @@ def _reasons(made: Comparison) -> list[Block]:
 
 
 def _named(names: list[str], made: Comparison) -> str:
-    return "all pairs" if len(names) == len(made.pairs) > 1 else ", ".join(names)
+    return "all pairs" if len(names) == len(made.pairs) > 1 else some_of(names)

@@ -10,10 +10,11 @@ import io
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pgharness.report.model import Figure, cleaned
+from pgharness.report.model import RIGHT_TO_LEFT, Figure, cleaned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 INK = "#1b1b1f"
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#7f7f87"
 _WIDTH = 5.8
-_LABEL = 34
-_RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]")  # drawn in the wrong order
+_LABEL = 34  # letters
+_NAME = 20  # of one of two
+_FONT = "DejaVu Sans"  # comes with matplotlib, as does a font that has a box for every letter
+_BOXES = "Last Resort High-Efficiency"
 _SETTINGS: dict[str, Any] = {
     "svg.hashsalt": "pgharness",
     "svg.fonttype": "path",
     "pdf.fonttype": 42,
-    "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.parse_math": False,
     "axes.edgecolor": INK,
@@ -54,7 +56,8 @@ def draw(figure: Figure, form: Literal["svg", "pdf", "png"]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    with _lock, matplotlib.rc_context(cast(Any, _SETTINGS)):
+    figure, families = _labelled_with(figure)
+    with _lock, matplotlib.rc_context(cast(Any, _SETTINGS | {"font.family": families})):
         canvas = Canvas(figsize=(_WIDTH, _height(figure)), layout="constrained")
         FigureCanvasAgg(canvas)
         _PAINTERS[figure.kind](canvas, figure)
@@ -80,34 +83,60 @@ def _height(figure: Figure) -> float:
     count = max(len(figure.rows), 1)
     match figure.kind:
         case "distributions":
-            return 0.5 + 0.75 * count
+            return 0.9 + 0.6 * count
         case "costs":
             return 3.4
         case _:
             return 0.9 + 0.34 * count
 
 
-def short(label: str) -> str:
+def short(label: str, most: int = _LABEL) -> str:
     """Return a label as a figure shows it: one line, its middle left out if it is long."""
     text = " ".join(cleaned(label).split())
-    if _RIGHT_TO_LEFT.search(text):
-        text = _RIGHT_TO_LEFT.sub("\ufffd", text)
-    text = "".join(letter if ord(letter) in _glyphs() else "\ufffd" for letter in text)
-    return text if len(text) <= _LABEL else f"{text[: _LABEL // 2]}…{text[1 - _LABEL // 2 :]}"
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[1 - most // 2 :]}"
+
+
+def _label(row: dict[str, Any]) -> str:
+    """Return a row's label; of a difference, both names are to be seen."""
+    text = short(row["label"])
+    if "of" in row and text != row["label"]:
+        text = " \N{MINUS SIGN} ".join(short(name, _NAME) for name in row["of"])
+    # from left to right, be its first word from right to left
+    return f"\u200e{text}" if RIGHT_TO_LEFT.search(text) else text
+
+
+def _labelled_with(figure: Figure) -> tuple[Figure, list[str]]:
+    """Return a figure with labels that can be drawn, and the fonts for that.
+
+    These are the usual one, and what this computer has of other scripts; what no font of it has becomes U+FFFD.
+    """
+    from matplotlib.font_manager import fontManager
+
+    labels = [_label(row) for row in figure.rows]
+    fonts, lacking = [_FONT], set(map(ord, "".join(labels))) - _glyphs(_FONT)
+    others = {font.name for font in fontManager.ttflist if (font.style, font.weight) == ("normal", 400)} - {_BOXES}
+    for name in sorted(others if lacking else (), key=lambda name: ("Sans" not in name, name)):
+        if lacking & _glyphs(name):
+            fonts.append(name)
+            lacking -= _glyphs(name)
+    shown = [label.translate(dict.fromkeys(lacking, "\ufffd")) for label in labels]
+    rows = tuple(row | {"label": label} for row, label in zip(figure.rows, shown, strict=True))
+    return replace(figure, rows=rows), fonts
 
 
 @cache
-def _glyphs() -> frozenset[int]:
-    """Return the code points that the figures' font, which comes with matplotlib, can draw."""
+def _glyphs(family: str) -> frozenset[int]:
+    """Return the code points that a font can draw; none of one made of pictures, which has no outlines."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    return frozenset(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
+    font = get_font(findfont(FontProperties(family=[family])))
+    return frozenset(font.get_charmap()) if font.scalable else frozenset()
 
 
 def _labelled(axes: Axes, figure: Figure) -> list[int]:
     """Give each row a line with its label, the first on top; return the lines' places."""
     places = list(range(len(figure.rows)))
-    axes.set_yticks(places, [short(row["label"]) for row in figure.rows])
+    axes.set_yticks(places, [row["label"] for row in figure.rows])
     axes.set_ylim(len(figure.rows) - 0.4, -0.6)
     axes.set_xlabel(figure.axis)
     axes.grid(axis="x")
@@ -135,19 +164,17 @@ def _differences(canvas: Canvas, figure: Figure) -> None:
 
 
 def _distributions(canvas: Canvas, figure: Figure) -> None:
-    count = max(len(figure.rows), 1)
-    panels = canvas.subplots(count, 1, sharex=True, sharey=True, squeeze=False)
-    for axes, row in zip(panels[:, 0], figure.rows, strict=False):
-        bins = row["bins"]
-        width = 1 / len(bins)
-        axes.bar(
-            [(place + 0.5) * width for place in range(len(bins))], bins, width=width * 0.92, color=BLUE, alpha=0.75
-        )
-        axes.axvline(row["median"], color=ORANGE, linewidth=2)
-        axes.set_title(f"{short(row['label'])} (n = {row['count']:,})", loc="left", fontsize=9, color=INK)
-        axes.set_yticks([])
-        axes.set_xlim(0, 1)
-    panels[-1, 0].set_xlabel(figure.axis)
+    axes = canvas.subplots()
+    most = max((max(row["bins"]) for row in figure.rows), default=0) or 1
+    for place, row in zip(_labelled(axes, figure), figure.rows, strict=True):
+        width, floor = 1 / len(row["bins"]), place + 0.38
+        middles = [(number + 0.5) * width for number in range(len(row["bins"]))]
+        axes.bar(middles, [-0.8 * count / most for count in row["bins"]], 0.92 * width, floor, color=BLUE, alpha=0.75)
+        axes.axhline(floor, color=INK, linewidth=0.6)
+        axes.plot([row["median"]] * 2, [floor, floor - 0.85], color=ORANGE, linewidth=2)
+        told = f"{row['count']:,} case{'' if row['count'] == 1 else 's'}"
+        axes.text(1.01, place, told, transform=axes.get_yaxis_transform(), verticalalignment="center", fontsize=8)
+    axes.set_xlim(0, 1)
 
 
 def _costs(canvas: Canvas, figure: Figure) -> None:
@@ -156,7 +183,7 @@ def _costs(canvas: Canvas, figure: Figure) -> None:
     colors = (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00")
     for place, row in enumerate(figure.rows):
         look: dict[str, Any] = {"marker": shapes[place % len(shapes)], "color": colors[place % len(colors)]}
-        axes.plot(row["cost"], row["value"], linestyle="", markersize=8, label=short(row["label"]), **look)
+        axes.plot(row["cost"], row["value"], linestyle="", markersize=8, label=row["label"], **look)
     axes.set_xlabel(figure.axis)
     axes.set_ylabel("mean score")
     axes.spines["left"].set_visible(True)

@@ -22,7 +22,9 @@ _FORMAT = "pgharness report"
 _FORMAT_VERSION = 1
 # two computers round the last digits differently
 _TOLERANCE = 1e-9
-_FORMULA = re.compile(r"^[\s\x00-\x1f]*[=+\-@\uff1d\uff0b\uff0d\uff20]")
+_NUMBER = re.compile(r"[0-9]*\.[0-9]+|[0-9]+")
+# where a cell begins, be it that a semicolon, a tab or a line's end parts cells where the file is opened
+_FORMULA = re.compile(r"(?:^|(?<=[;\t\n]))(?=[\s\x00-\x1f]*[=+\-@\uff1d\uff0b\uff0d\uff20])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +139,7 @@ def csv_of(table: Table) -> str:
 
 
 def _csv_cell(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    text = cleaned(value)
-    return f"'{text}" if _FORMULA.match(text) else text
+    return _FORMULA.sub("'", cleaned(value)) if isinstance(value, str) else value
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -185,24 +184,36 @@ def _block(block: Block) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """An earlier report, from its file of format json: its runs in their order, its alpha, and its tables' rows."""
+    """An earlier report, from its file of format json: its runs in their order, its tables' rows, its sentences."""
 
     path: Path
     runs: tuple[str, ...]
     alpha: float
+    version: str
     tables: Mapping[str, list[dict[str, Any]]]
+    texts: Mapping[str, str]
 
     def ordered(self, runs: Sequence[str]) -> list[str]:
         """Return runs in the order of the earlier report, if they are its runs."""
         return list(self.runs) if sorted(runs) == sorted(self.runs) else list(runs)
 
     def differences(self, report: Report) -> list[str]:
-        """Return where a report differs, nothing where it agrees; numbers may differ by 1e-9 of their size."""
-        now = _tables(as_json(report))
+        """Return where a report differs, nothing where it agrees.
+
+        Numbers may differ by 1e-9 of their size, those in sentences by one in the last digit.
+        """
+        if sorted(self.runs) != sorted(report.runs):
+            return [f"the file is on {', '.join(self.runs)}, this report on {', '.join(report.runs)}"]
+        made = as_json(report)
+        now, texts = _tables(made), _texts(made)
         lone = self.tables.keys() ^ now.keys()
         found = [f"table {key} is only in {'the file' if key in self.tables else 'this report'}" for key in lone]
         for key in self.tables.keys() & now.keys():
             found += _row_differences(key, self.tables[key], now[key])
+        for place in self.texts.keys() | texts.keys():
+            one, two = self.texts.get(place, ""), texts.get(place, "")
+            if not _say_the_same(one, two):
+                found.append(f"{place}: {one!r} in the file, {two!r} now")
         return sorted(found)
 
 
@@ -214,7 +225,9 @@ def read_earlier(path: Path) -> Earlier:
             raise ValueError("it says to be something else")
         if report["format_version"] > _FORMAT_VERSION:
             raise ValueError("a newer pgharness wrote it")
-        return Earlier(path, tuple(report["runs"]), float(report["alpha"]), _tables(report))
+        version = str(report["software"]["pgharness"])
+        tables, texts = _tables(report), _texts(report)
+        return Earlier(path, tuple(report["runs"]), float(report["alpha"]), version, tables, texts)
     except OSError as exc:
         raise HarnessError(f"{path} cannot be read: {exc.strerror}", hint="Check the path.") from exc
     except (ValueError, KeyError, TypeError) as exc:
@@ -226,6 +239,29 @@ def read_earlier(path: Path) -> Earlier:
 def _tables(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     blocks = [block for section in report["sections"] for block in section["blocks"]]
     return {block["key"]: list(block["rows"]) for block in blocks if block["type"] in ("table", "figure")}
+
+
+def _texts(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sentences of a report by their place; which analyses deviate from a plan, no archive knows."""
+    found = {f"summary, paragraph {number}": text for number, text in enumerate(report["summary"], 1)}
+    for section in report["sections"]:
+        if section["key"] == "preregistration":
+            continue
+        for number, block in enumerate(section["blocks"], 1):
+            texts = block["items"] if block["type"] == "points" else [block["text"]] if "text" in block else []
+            found |= {f"section {section['key']}, {number}.{place}": text for place, text in enumerate(texts, 1)}
+    return found
+
+
+def _say_the_same(one: str, two: str) -> bool:
+    """Whether two texts are the same but for the last digits of their numbers."""
+    if one == two:
+        return True
+    numbers = zip(_NUMBER.findall(one), _NUMBER.findall(two), strict=False)
+    return _NUMBER.sub("0", one) == _NUMBER.sub("0", two) and all(
+        a == b or ("." in a and abs(float(a) - float(b)) <= 1.001 * 10.0 ** -len(a.partition(".")[2]))
+        for a, b in numbers
+    )
 
 
 def _row_differences(key: str, then: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:

@@ -9,12 +9,14 @@ from psycopg import Connection
 
 from pgharness import __version__
 from pgharness.report.comparing import comparisons, families
+from pgharness.report.costs import costs, failures
 from pgharness.report.judging import agreements, limits, powers
+from pgharness.report.methods import methods, provenance
 from pgharness.report.model import Paragraph, Report, Section, Verbatim
 from pgharness.report.overview import reproduction, summary, title
 from pgharness.report.reading import read
-from pgharness.report.registered import plan_of, registered
-from pgharness.report.sections import costs, failures, methods, outliers, provenance, results
+from pgharness.report.registered import plans, registered
+from pgharness.report.results import cases, results
 
 
 def gather(connection: Connection[Any], runs: Sequence[str], *, alpha: float = 0.05) -> Report:
@@ -26,19 +28,20 @@ def gather(connection: Connection[Any], runs: Sequence[str], *, alpha: float = 0
     data = [read(connection, run, alpha=alpha) for run in dict.fromkeys(runs)]
     data = list({run.run_id: run for run in data}.values())
     found = families(connection, data, alpha=alpha)
+    planned = plans(data)
     heading, subtitle = title(data)
     names = tuple(run.name for run in data)
     commands, about = reproduction(names)
     sections = (
         results(data),
-        registered(data, alpha=alpha),
+        registered(data, planned, alpha=alpha),
         comparisons(data, found) if any(run.scores for run in data) else None,
         powers(data, alpha=alpha),
         agreements(data, alpha=alpha) if any(run.scores for run in data) else None,
-        outliers(data),
+        cases(data),
         costs(data),
         failures(data),
-        limits(data, found, is_registered=all(plan_of(run) is not None for run in data)),
+        limits(data, found, is_registered=len(planned) == len(data)),
         methods(data, _STATISTICS if any(run.scores for run in data) else ()),
         provenance(data),
         Section("reproduction", "Reproduction", (Paragraph(about), Verbatim("Commands", commands))),
@@ -46,7 +49,7 @@ def gather(connection: Connection[Any], runs: Sequence[str], *, alpha: float = 0
     return Report(
         title=heading,
         subtitle=subtitle,
-        summary=summary(data, found),
+        summary=summary(data, found, planned),
         sections=tuple(section for section in sections if section is not None),
         runs=names,
         alpha=alpha,

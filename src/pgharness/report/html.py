@@ -14,13 +14,15 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 
 from pgharness.report import figures
-from pgharness.report.model import Figure, Paragraph, Points, Report, Table, Value, Verbatim, cleaned, shown
+from pgharness.report.model import Figure, Paragraph, Points, Report, Table, Value, Verbatim, cleaned, isolated, shown
+
+_MOST_ROWS = 1_000  # of a table: more make a page slow, and nobody reads them
 
 
 @cache
 def _environment() -> Environment:
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.filters |= {"shown": shown, "cleaned": cleaned, "sort_key": _sort_key}
+    made.filters |= {"shown": shown, "cleaned": cleaned, "isolated": isolated, "sort_key": _sort_key}
     kinds = {"Figure": Figure, "Paragraph": Paragraph, "Points": Points, "Table": Table, "Verbatim": Verbatim}
     made.tests |= {name.lower(): lambda block, kind=kind: isinstance(block, kind) for name, kind in kinds.items()}
     return made
@@ -42,4 +44,4 @@ def render(report: Report) -> str:
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
     drawn = {figure.key: figures.inline_svg(figure) for figure in report.figures}
     template = _environment().from_string(_text("report.html.j2"))
-    return template.render(report=report, script=script, style=style, policy=policy, drawn=drawn)
+    return template.render(report=report, script=script, style=style, policy=policy, drawn=drawn, most_rows=_MOST_ROWS)

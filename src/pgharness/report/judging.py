@@ -9,9 +9,8 @@ from typing import Literal
 from pgharness.analysis import Measure, agreement, power
 from pgharness.errors import InvalidArgument
 from pgharness.report.comparing import Family
-from pgharness.report.model import Block, Column, Paragraph, Points, Section, shown
-from pgharness.report.reading import RunData
-from pgharness.report.sections import counted, missing, run_column, table_of
+from pgharness.report.model import Block, Column, Paragraph, Points, Section, counted, shown, table_of
+from pgharness.report.reading import RunData, run_column
 
 _FEW_CASES = 30
 _BETWEEN: dict[Literal["author", "replication"], str] = {
@@ -138,6 +137,17 @@ def limits(data: Sequence[RunData], found: Sequence[Family], *, is_registered: b
     return Section("limits", "Limits", (Points(tuple(items)),) if items else (Paragraph("None is known."),))
 
 
+def gravest(data: Sequence[RunData]) -> str:
+    """Return what the summary should not be read without; nothing where nothing is that grave."""
+    found = [f"run {run.name} is {run.progress['status']}" for run in data if run.progress["status"] != "completed"]
+    scored = [max(group.cases for group in run.comparison.groups) for run in data if run.comparison]
+    if scored and min(scored) < _FEW_CASES:
+        found.append(f"only {counted(min(scored), 'case')} {'has' if min(scored) == 1 else 'have'} a score")
+    if scored and any(row["generator"].get("provider") == "simulator" for run in data for row in run.combinations):
+        found.append("generators are simulated")
+    return f"Mind that {' and that '.join(found)}: see Limits." if found else ""
+
+
 def _about(text: str, runs: Sequence[str], data: Sequence[RunData]) -> str:
     """Return a limit with the runs that have it, unless all have."""
     if len(runs) == len(data):
@@ -213,7 +223,7 @@ def _of_execution(run: RunData) -> list[str]:
         reason = f" ({row['reason']})" if row["reason"] else ""
         items.append(f"the run is {row['status']}{reason}, so it is not whole.")
     failed = row["notes_failed"] + row["grades_failed"]
-    open_ = missing(run)
+    open_ = run.missing
     if failed or open_:
         told = [f"{counted(failed, 'item')} failed for good"] if failed else []
         told += [f"{counted(open_, 'item')} {'is' if open_ == 1 else 'are'} undecided"] if open_ else []

@@ -1,14 +1,29 @@
-"""A report as LaTeX: article class, booktabs tables, figures as PDF files beside it; pdflatex makes a PDF of it.
+"""A report as LaTeX: article class, booktabs tables, figures as PDF files beside it.
 
-Everything that people and models wrote goes through `escaped`: it becomes letters, never a command. Letters that
-pdflatex's fonts do not have are shown as their code point.
+pdflatex, lualatex and xelatex make a PDF of it. Everything that people and models wrote goes through `escaped`: it
+becomes letters, never a command. Letters that the fonts do not have are shown as their code point: with pdflatex those
+of other scripts than Latin, with the others those that no font of the computer's has.
 """
 
 from __future__ import annotations
 
+import math
 import re
 
-from pgharness.report.model import Block, Column, Figure, Paragraph, Points, Report, Table, Verbatim, cleaned, shown
+from pgharness.report.model import (
+    RIGHT_TO_LEFT,
+    Block,
+    Column,
+    Figure,
+    Paragraph,
+    Points,
+    Report,
+    Table,
+    Value,
+    Verbatim,
+    cleaned,
+    shown,
+)
 
 _COMMANDS = {
     "\\": r"\textbackslash{}",
@@ -53,13 +68,41 @@ _SPOKEN = {"\N{DEGREE SIGN}", "\N{SECTION SIGN}", "\N{POUND SIGN}", "\N{COPYRIGH
 _EXTENDED = frozenset("ĄąĆćČčĎďĐđĘęĚěĞğİıĹĺĽľŁłŃńŇňŐőŒœŔŕŘřŚśŞşŠšŢţŤťŮůŰűŸŹźŻżŽž")  # Latin
 _UNBROKEN = 9
 _WIDE = 110  # characters that a line of a table of the smallest size may take
-_LONG = 30  # rows beyond which a table may go over pages
+_MOST_ROWS = 200
+_MOST_LETTERS = 400  # of a cell
+_LONG = 40  # lines beyond which a table may go over pages
 
 _HEAD = r"""\documentclass[10pt]{article}
-\usepackage[T1]{fontenc}
-\usepackage[utf8]{inputenc}
-\usepackage{lmodern}
-\usepackage{textcomp}
+\usepackage{iftex}
+\newcommand{\codepoint}[1]{\texttt{\footnotesize{[}U+#1{]}}\hspace{0pt}}
+\newif\ifdone
+\ifPDFTeX
+  \usepackage[T1]{fontenc}
+  \usepackage[utf8]{inputenc}
+  \usepackage{lmodern}
+  \usepackage{textcomp}
+  \newcommand{\letter}[1]{\codepoint{#1}}
+  \newcommand{\rightleft}[1]{#1}
+\else
+  \usepackage{fontspec}
+  \setmainfont{Latin Modern Roman}[Ligatures=TeXReset]
+  \setmonofont{Latin Modern Mono}[Ligatures=TeXReset]
+  \newcommand{\otherfonts}{}
+  \newcommand{\otherfont}[2]{\IfFontExistsTF{#2}{\newfontfamily{#1}{#2}\expandafter\def\expandafter\otherfonts\expandafter{\otherfonts\try#1}}{}}
+  \otherfont{\fontA}{DejaVu Sans}
+  \otherfont{\fontB}{Noto Sans CJK SC}
+  \otherfont{\fontC}{Noto Sans SC}
+  \otherfont{\fontD}{WenQuanYi Micro Hei}
+  \otherfont{\fontE}{Arial Unicode MS}
+  \otherfont{\fontF}{Noto Sans Devanagari}
+  \otherfont{\fontG}{Noto Sans Thai}
+  \otherfont{\fontH}{Noto Emoji}
+  \DeclareRobustCommand{\letter}[1]{\global\donefalse
+    \def\try##1{\ifdone\else{##1\iffontchar\font"#1 \global\donetrue\char"#1 \fi}\fi}\try\relax\otherfonts
+    \ifdone\else\codepoint{#1}\fi}
+  \ifLuaTeX \newcommand{\rightleft}[1]{{\textdir TRT #1}}
+  \else \TeXXeTstate=1 \newcommand{\rightleft}[1]{\beginR #1\endR} \fi
+\fi
 \usepackage[a4paper,margin=2.2cm]{geometry}
 \usepackage{array}
 \usepackage{booktabs}
@@ -80,7 +123,12 @@ _HEAD = r"""\documentclass[10pt]{article}
 
 def escaped(text: str) -> str:
     """Return a text as LaTeX that shows it as one line; long words may be broken."""
-    return "".join(_word(word) for word in re.split("( )", " ".join(cleaned(text).split())))
+    parts = RIGHT_TO_LEFT.split(" ".join(cleaned(text).split()))
+    return "".join(rf"\rightleft{{{_words(part)}}}" if place % 2 else _words(part) for place, part in enumerate(parts))
+
+
+def _words(text: str) -> str:
+    return "".join(_word(word) for word in re.split("( )", text))
 
 
 def _word(word: str) -> str:
@@ -88,7 +136,7 @@ def _word(word: str) -> str:
     for letter in word:
         parts.append(_letter(letter))
         since += 1
-        if letter in "/_-.,:;=|&?\\" or since >= _UNBROKEN * 2:
+        if letter in '/_-.,:;=|&?"\\' or since >= _UNBROKEN * 2:
             parts.append(r"\hspace{0pt}" if len(word) > _UNBROKEN else "")
             since = 0
     return "".join(parts)
@@ -103,7 +151,8 @@ def _letter(letter: str) -> str:
         return letter
     if letter in _EXTENDED:
         return letter
-    return rf"\texttt{{\footnotesize<U+{code:04X}>}}".replace("<", "{[}").replace(">", "{]}")
+    # those that are written without spaces between words: a line may end after each
+    return rf"\letter{{{code:04X}}}" + (r"\hspace{0pt}" if 0x2E80 <= code < 0xFB00 else "")
 
 
 def render(report: Report) -> str:
@@ -143,7 +192,7 @@ def _block(block: Block) -> str:
                 f"\\caption{{{escaped(block.caption)}}}\n\\end{{figure}}\n"
             )
         case Table():
-            return _table(block.without_details())
+            return _table(block.without_details().beginning(0 if block.is_data else _MOST_ROWS))
 
 
 def _line(line: str) -> str:
@@ -155,17 +204,18 @@ def _line(line: str) -> str:
 
 
 def _table(table: Table) -> str:
-    size, columns = _layout(table)
+    notes = "".join(rf"\par {escaped(note)}" for note in table.notes)
+    if not table.rows and notes:
+        return f"\\textbf{{{escaped(table.caption)}}}{notes}\n"
+    size, columns, line_count = _layout(table)
     head = " & ".join(rf"\textbf{{{escaped(column.label)}}}" for column in table.columns) + r" \\"
     rows = [
-        " & ".join(escaped(shown(value, column.kind)) for column, value in zip(table.columns, row, strict=True))
-        + r" \\"
+        " & ".join(escaped(_cell(value, column)) for column, value in zip(table.columns, row, strict=True)) + r" \\"
         for row in table.rows
     ]
-    notes = "".join(rf"\par {escaped(note)}" for note in table.notes)
     notes = f"\\par\\smallskip{{\\footnotesize\\raggedright{notes}\\par}}\n" if notes else ""
     caption = escaped(table.caption)
-    if len(rows) > _LONG:
+    if line_count > _LONG:
         lines = [rf"{{{size}\begin{{longtable}}{{{columns}}}", rf"\caption{{{caption}}}\\", r"\toprule", head]
         lines += [r"\midrule", r"\endfirsthead", r"\toprule", head, r"\midrule", r"\endhead", r"\bottomrule"]
         lines += [r"\endfoot", *rows, r"\end{longtable}}", notes]
@@ -180,8 +230,20 @@ def _table(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _layout(table: Table) -> tuple[str, str]:
-    """Return the size of the letters and the columns' widths, which fill the line and no more."""
+def _cell(value: Value, column: Column) -> str:
+    """Return a value as a cell shows it, not longer than a page has room for: a code point takes that of 8 letters."""
+    text = shown(value, column.kind)
+    most = _MOST_LETTERS // (8 if _printed(text) > 2 * len(text) else 1)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def _printed(text: str) -> int:
+    """Return how many letters wide a text is where all letters of other scripts are shown as code points."""
+    return len(text) if text.isascii() else sum(8 if ord(letter) > 0x2BF else 1 for letter in text)
+
+
+def _layout(table: Table) -> tuple[str, str, int]:
+    """Return the letters' size, the columns' widths, which fill the line and no more, and about how many lines."""
     wanted = [_width(table, place) for place in range(len(table.columns))]
     size = r"\small" if sum(wanted) < 75 else r"\footnotesize" if sum(wanted) < 95 else r"\scriptsize"
     total = max(sum(wanted), 60)
@@ -190,7 +252,12 @@ def _layout(table: Table) -> tuple[str, str]:
         room = max(_WIDE - (sum(wanted) - texts), texts * 0.25)
         wanted = [w if c.is_number else w * room / texts for w, c in zip(wanted, table.columns, strict=True)]
         total = sum(wanted)
-    return size, "".join(_column(column, w / total) for column, w in zip(table.columns, wanted, strict=True))
+    shares = [each / total for each in wanted]
+    lines = 0
+    for row in table.rows:
+        cells = [_cell(value, column) for value, column in zip(row, table.columns, strict=True)]
+        lines += max(math.ceil(_printed(cell) / (share * _WIDE)) for cell, share in zip(cells, shares, strict=True))
+    return size, "".join(map(_column, table.columns, shares)), lines
 
 
 def _width(table: Table, place: int) -> float:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import re
 
-from pgharness.report.model import Block, Figure, Paragraph, Points, Report, Table, Verbatim, cleaned, shown
+from pgharness.report.model import Block, Figure, Paragraph, Points, Report, Table, Verbatim, cleaned, isolated, shown
 
 _SPECIAL = re.compile(r"([\\`*_\[\]|~$@])")
 # what makes a list, a heading, a quotation or a rule when a line begins with it
 _LEADING = re.compile(r"^(\s*)([#+\-=>]|\d{1,9}(?=[.)](?:\s|$)))")
+MOST_ROWS = 200
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def escaped(text: str) -> str:
-    """Return a text as one line of Markdown that shows it as it is."""
-    line = " ".join(cleaned(text).split())
+    """Return a text as a line of Markdown that shows it as it is."""
+    return _LEADING.sub(lambda found: f"{found[1]}{_literal(found[2])}", _inline(text))
+
+
+def _inline(text: str) -> str:
+    line = " ".join(isolated(text).split())
     line = _SPECIAL.sub(r"\\\1", line)
     line = re.sub("[&<>]", lambda found: _ENTITIES[found[0]], line)
-    line = line.replace("://", r"\://").replace("www.", r"www\.")
-    return _LEADING.sub(lambda found: f"{found[1]}{_literal(found[2])}", line)
+    return line.replace("://", r"\://").replace("www.", r"www\.")
 
 
 def _literal(start: str) -> str:
@@ -48,7 +52,7 @@ def block_of(block: Block) -> str:
             image = f"![{escaped(block.alt)}](figures/{block.key}.svg)"
             return f"{image}\n\n*{escaped(block.caption)}*"
         case Table():
-            return _table(block.without_details())
+            return _table(block.without_details().beginning(0 if block.is_data else MOST_ROWS))
 
 
 def fenced(text: str) -> str:
@@ -58,11 +62,14 @@ def fenced(text: str) -> str:
 
 
 def _table(table: Table) -> str:
+    notes = [escaped(note) for note in table.notes]
+    if not table.rows and notes:
+        return "\n\n".join((f"**{escaped(table.caption)}**", *notes))
     head = " | ".join(escaped(column.label) for column in table.columns)
     rule = " | ".join("--:" if column.is_number else ":--" for column in table.columns)
     lines = [f"**{escaped(table.caption)}**", "", f"| {head} |", f"| {rule} |"]
     for row in table.rows:
         cells = zip(table.columns, row, strict=True)
-        lines.append("| " + " | ".join(escaped(shown(value, column.kind)) for column, value in cells) + " |")
-    lines += [f"\n{escaped(note)}" for note in table.notes]
+        lines.append("| " + " | ".join(_inline(shown(value, column.kind)) for column, value in cells) + " |")
+    lines += [f"\n{note}" for note in notes]
     return "\n".join(lines)

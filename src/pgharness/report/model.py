@@ -6,9 +6,11 @@ a format escapes them, and `cleaned` takes out what no format can show.
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal
@@ -20,9 +22,14 @@ Value = str | int | float | bool | None
 FigureKind = Literal["intervals", "differences", "distributions", "costs", "latencies"]
 
 _LONGEST = 400
+_DRAWN = 40  # lines that a figure has room for
 # controls, and what turns the direction of the text around it: neither has a place in a table
 _UNSHOWABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+
+RIGHT_TO_LEFT = re.compile(
+    "([\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]+(?: [\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]+)*)"
 )
 
 
@@ -44,19 +51,32 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of values in the order of the columns; notes stand below it."""
+    """Rows of values in the order of the columns; notes stand below it.
+
+    One that is data is there to be computed with: its rows stand where they can be folded or sorted, and in the files
+    of data, but not in a text.
+    """
 
     key: str
     caption: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[Value, ...], ...]
     notes: tuple[str, ...] = ()
+    is_data: bool = False
 
     def without_details(self) -> Table:
         """Return the table without the columns that are details."""
         kept = [place for place, column in enumerate(self.columns) if not column.is_detail]
         rows = tuple(tuple(row[place] for place in kept) for row in self.rows)
-        return Table(self.key, self.caption, tuple(self.columns[place] for place in kept), rows, self.notes)
+        return replace(self, columns=tuple(self.columns[place] for place in kept), rows=rows)
+
+    def beginning(self, most: int) -> Table:
+        """Return the table with at most so many rows, the first ones, and a note that says where the others are."""
+        if len(self.rows) <= most:
+            return self
+        rows = f"The first {most:,} of {len(self.rows):,} rows; all" if most else f"All {len(self.rows):,} rows"
+        note = f"{rows} are in tables/{self.key}.csv (format csv) and in report.json (format json)."
+        return replace(self, rows=self.rows[:most], notes=(note, *self.notes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +155,48 @@ class Report:
         raise KeyError(key)
 
 
+def table_of(
+    key: str,
+    caption: str,
+    columns: Sequence[Column],
+    rows: Sequence[Mapping[str, Any]],
+    notes: Sequence[str] = (),
+) -> Table:
+    """Return rows of a view as a table of the columns' keys; objects become JSON."""
+    values = tuple(tuple(_cell(row.get(column.key)) for column in columns) for row in rows)
+    return Table(key, caption, tuple(columns), values, tuple(notes))
+
+
+def _cell(value: Any) -> Value:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True) if isinstance(value, (dict, list)) else value
+
+
+def drawn(
+    key: str,
+    kind: FigureKind,
+    caption: str,
+    axis: str,
+    rows: Sequence[dict[str, Any]],
+    told: Callable[[dict[str, Any]], str],
+) -> Figure:
+    """Return rows as a figure, which says in words what it shows; of very many it shows the first ones."""
+    kept = tuple(rows[:_DRAWN])
+    if len(rows) > _DRAWN:
+        caption = f"{caption} The first {_DRAWN} of {len(rows):,}: the tables have all."
+    return Figure(key, kind, caption, f"{caption} {'; '.join(map(told, kept))}.", axis, kept)
+
+
+def counted(number: float, noun: str) -> str:
+    """Return a count with its noun: 1 case, 24 cases."""
+    return f"{number:,.0f} {noun}{'' if number == 1 else 's'}"
+
+
+def some_of(names: Sequence[str], most: int = 6) -> str:
+    """Return names as a list, at most so many of them, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def plain(value: Any) -> Any:
     """Return a value of the database as a report holds it: numbers as float, times as text, NaN as None."""
     match value:
@@ -155,6 +217,11 @@ def plain(value: Any) -> Any:
 def cleaned(text: str) -> str:
     """Return a text without what no page can show: controls and marks of direction become U+FFFD."""
     return _UNSHOWABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def isolated(text: str) -> str:
+    """Return a text as `cleaned` does, in which words from right to left do not move the numbers beside them."""
+    return RIGHT_TO_LEFT.sub("\u2068\\1\u2069", cleaned(text))
 
 
 def shown(value: Value, kind: Kind = "text") -> str:
@@ -192,7 +259,8 @@ def _number(value: float, kind: Kind) -> str:
         case "ms":
             text = f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
         case _:
-            text = f"{value:,.2f}" if 0.005 <= abs(value) < 10_000 or value == 0 else f"{value:,.3g}"
+            text = f"{value:,.2f}" if abs(value) < 10_000 else f"{value:,.3g}"
+            text = text.removeprefix("-") if text == "-0.00" else text
     return text.replace("-", "\N{MINUS SIGN}")
 
 

@@ -39,17 +39,24 @@ def rows(key):
     return TABLES[key]["rows"]
 
 
-def shown(value):
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#7f7f87"
+FORMS = {"score": ".3f", "difference": "+.3f", "p": ".3f", "count": ",.0f", "number": ",.2f", "ms": ",.4g"}
+
+
+def shown(value, kind="text"):
+    """Return a value as a table shows it; rows() has it unrounded."""
     if value is None:
         return "-"
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    if kind == "p" and value < 0.001:
+        return "<.001"
+    return str(value) if isinstance(value, (str, bool)) else format(value, FORMS.get(kind, ",.6g"))
 
 
-def table(key):
-    """Show a table."""
+def table(key, most=200):
+    """Show a table: its first rows, of very many; rows() has all."""
     found = TABLES[key]
     columns = [column for column in found["columns"] if not column["is_detail"]]
-    lines = [[shown(row[column["key"]]) for column in columns] for row in found["rows"]]
+    lines = [[shown(row[column["key"]], column["kind"]) for column in columns] for row in found["rows"][:most]]
     if HTML is None:
         print(found["caption"], *("\\t".join(line) for line in lines), sep="\\n")
         return
@@ -75,17 +82,26 @@ def figure(key):
             top = max(line["bins"]) or 1
             width = 1 / len(line["bins"])
             middles = [(n + 0.5) * width for n in range(len(line["bins"]))]
-            axes.bar(middles, [0.8 * n / top for n in line["bins"]], width, place)
-            axes.plot([line["median"]] * 2, [place, place + 0.8], color="#d55e00")
+            axes.bar(middles, [0.8 * n / top for n in line["bins"]], width, place, color=BLUE)
+            axes.plot([line["median"]] * 2, [place, place + 0.8], color=ORANGE)
     elif found["kind"] == "costs":
         axes.scatter([line["cost"] for line in lines], [line["value"] for line in lines])
         for line, label in zip(lines, labels):
             axes.annotate(label, (line["cost"], line["value"]), xytext=(5, 5), textcoords="offset points")
     else:
         for place, line in enumerate(lines):
+            color = {None: BLUE, True: ORANGE, False: GREY}[line.get("differs")]
+            fill = "white" if color == GREY else color
             if line["low"] is not None:
-                axes.plot([line["low"], line["high"]], [place, place], color="#0072b2")
-            axes.plot(line["value"], place, "o", color="#0072b2")
+                axes.plot([line["low"], line["high"]], [place, place], color=color)
+            if found["kind"] == "latencies":
+                axes.plot(line["low"], place, "o", color=color)
+                axes.plot(line["value"], place, "|", color=color, markersize=12)
+                axes.plot(line["high"], place, "o", color=color, mfc="white")
+            else:
+                axes.plot(line["value"], place, "o", color=color, mfc=fill)
+        if found["kind"] == "differences":
+            axes.axvline(0, color="black", linewidth=0.8, linestyle="--")
     if found["kind"] != "costs":
         axes.margins(y=0.5 / max(len(lines), 1))
         axes.set_yticks(range(len(lines)), labels)
@@ -144,7 +160,7 @@ def _code(source: str, *outputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_output(table: Table) -> dict[str, Any]:
-    kept = table.without_details()
+    kept = table.without_details().beginning(markdown.MOST_ROWS)
     lines = [[column.label for column in kept.columns]]
     lines += [[shown(value, c.kind) for c, value in zip(kept.columns, row, strict=True)] for row in kept.rows]
     widths = [min(40, max(map(len, column))) for column in zip(*lines, strict=True)]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pgharness.analysis import PairComparison
+from pgharness.database import Row
 from pgharness.report.comparing import Family
-from pgharness.report.model import shown
+from pgharness.report.judging import gravest
+from pgharness.report.model import counted, shown, some_of
 from pgharness.report.reading import RunData
-from pgharness.report.sections import counted, estimates
+from pgharness.report.registered import Plan
+from pgharness.report.results import estimates
 
 
 def title(data: Sequence[RunData]) -> tuple[str, str]:
@@ -28,9 +31,45 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
 
 
-def summary(data: Sequence[RunData], found: Sequence[Family]) -> tuple[str, ...]:
-    """Return the summary's paragraphs: question and design, findings, cost and completeness."""
-    return tuple(text for text in (_asked(data), _scored(data), *_compared(found), _spent(data)) if text)
+def summary(data: Sequence[RunData], found: Sequence[Family], planned: Sequence[Plan]) -> tuple[str, ...]:
+    """Return the summary's paragraphs: question and design, findings, scores, cost and completeness."""
+    compared = _compared(found)
+    if compared and planned:
+        compared[0] = f"Beyond the plan: {compared[0][0].lower()}{compared[0][1:]}"
+    texts = (
+        _asked(data),
+        *(_tested(plan, data) for plan in planned),
+        *compared,
+        _scored(data),
+        _spent(data),
+        gravest(data),
+    )
+    return tuple(text for text in texts if text)
+
+
+def _tested(plan: Plan, data: Sequence[RunData]) -> str:
+    """Say what came of the hypotheses that were registered, all of them."""
+    where = f" for run {plan.run.name}" if len(data) > 1 else ""
+    if not plan.rows:
+        return f"The plan registered{where} could not be followed: {plan.trouble}"
+    told: dict[str, list[str]] = {}
+    for row in plan.rows:
+        told.setdefault(row["verdict"], []).append(_hypothesis(row))
+    count = len(plan.rows)
+    noun = "hypothesis" if count == 1 else "hypotheses"
+    supported = len(told.get("supported", ()))
+    verdicts = "; ".join(f"{verdict}: {some_of(texts, 4)}" for verdict, texts in told.items())
+    return (
+        f"{supported:,} of {count:,} registered {noun}{where} {'is' if supported == 1 else 'are'} supported at "
+        f"{plan.rule}. {verdicts[0].upper()}{verdicts[1:]}."
+    )
+
+
+def _hypothesis(row: Row) -> str:
+    if row.get("difference") is None:
+        return str(row["hypothesis"])
+    ends = ", ".join(shown(row[end], "difference") for end in ("low", "high"))
+    return f"{row['hypothesis']} ({shown(row['difference'], 'difference')} [{ends}])"
 
 
 def _asked(data: Sequence[RunData]) -> str:
@@ -54,17 +93,20 @@ def _asked(data: Sequence[RunData]) -> str:
 
 
 def _scored(data: Sequence[RunData]) -> str:
-    rows = estimates(data)
-    if not rows:
-        return ""
-    best = max(rows, key=lambda row: row["mean"])
-    if len(rows) == 1:
-        return f"The mean score of {best['label']} is {_estimated(best)}."
-    worst = min(rows, key=lambda row: row["mean"])
-    return (
-        f"The highest mean score is that of {best['label']}, {_estimated(best)}, the lowest that of {worst['label']}, "
-        f"{_estimated(worst)}; brackets hold confidence intervals over cases."
-    )
+    """Say the extremes of each run's means: those of different runs may be of different cases."""
+    texts = []
+    for run in data:
+        rows = estimates([run])
+        where = f"In run {run.name}, the" if len(data) > 1 else "The"
+        if len(rows) == 1:
+            texts.append(f"{where} mean score of {rows[0]['combination']} is {_estimated(rows[0])}.")
+        elif rows:
+            best, worst = (extreme(rows, key=lambda row: row["mean"]) for extreme in (max, min))
+            texts.append(
+                f"{where} highest mean score is that of {best['combination']}, {_estimated(best)}, the lowest that of "
+                f"{worst['combination']}, {_estimated(worst)}; brackets hold confidence intervals over cases."
+            )
+    return " ".join(texts)
 
 
 def _estimated(row: dict[str, object]) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from psycopg import Connection
 
 from pgharness import database
-from pgharness.analysis import Comparison, Scores, compare, load_scores
+from pgharness.analysis import CaseTable, Comparison, Scores, compare, load_scores
 from pgharness.database import Row
 from pgharness.errors import NotFound, WrongState
-from pgharness.report.model import plain
+from pgharness.report.model import Column, plain
 
 _LISTED_FAILURES = 20
 NOTE_GRADE = "note_grade"
@@ -20,7 +20,10 @@ NOTE_GRADE = "note_grade"
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """The rows of one run, by view, with numbers as float and times as text; its scores, None without a grade."""
+    """The rows of one run, by view, with numbers as float and times as text; scores are None without a grade.
+
+    late_plans are preregistrations that came after the run had begun: they bind later runs.
+    """
 
     run_id: int
     name: str
@@ -28,25 +31,43 @@ class RunData:
     progress: Row
     provenance: Row
     combinations: list[Row]
-    combination_scores: list[Row]
     scores: Scores | None
+    cases: CaseTable | None
     comparison: Comparison | None
     costs: Row
     cost_per_correct: list[Row]
     performance: list[Row]
     failure_causes: list[Row]
     failed_items: list[Row]
-    author_agreement: list[Row]
     replication_agreement: list[Row]
     rubrics: list[Row]
     results: list[Row]
     metrics: list[Row]
     deviations: list[Row]
+    late_plans: list[Row]
 
     @property
     def is_code(self) -> bool:
         """Whether it is a run of an experiment in code, which has no notes and grades."""
         return bool(self.provenance["experiment"] != NOTE_GRADE)
+
+    @property
+    def missing(self) -> int:
+        """How many notes and grades neither succeeded nor failed."""
+        row = self.progress
+        notes = row["note_count"] - row["notes_succeeded"] - row["notes_failed"]
+        grades = row["grade_count"] - row["grades_succeeded"] - row["grades_failed"] - row["grades_skipped"]
+        return int(notes + grades)
+
+
+def label(data: Sequence[RunData], run: str, combination: str) -> str:
+    """Return what a combination is called in a report: with its run where there are several."""
+    return f"{run}: {combination}" if len(data) > 1 else combination
+
+
+def run_column(data: Sequence[RunData]) -> tuple[Column, ...]:
+    """Return the column that names the run, where there are several."""
+    return (Column("run", "Run"),) if len(data) > 1 else ()
 
 
 def find(connection: Connection[Any], run: str) -> Row:
@@ -83,8 +104,8 @@ def read(connection: Connection[Any], run: str, *, alpha: float) -> RunData:
         progress=rows("run_progress")[0],
         provenance=rows("run_provenance")[0],
         combinations=rows("run_combinations", "number"),
-        combination_scores=rows("combination_scores", "combination"),
         scores=scores,
+        cases=scores.case_table("combination") if scores else None,
         comparison=compare(scores, by="combination", alpha=alpha) if scores else None,
         costs=rows("cost_by_run")[0],
         cost_per_correct=rows("cost_per_correct", "combination_number"),
@@ -93,12 +114,12 @@ def read(connection: Connection[Any], run: str, *, alpha: float) -> RunData:
         failed_items=rows("failed_items", "ordinal", "kind", status="failed", order="ordinal", limit=1000)[
             :_LISTED_FAILURES
         ],
-        author_agreement=rows("author_agreement", "combination", "author_a", "author_b"),
         replication_agreement=rows("replication_agreement", "combination", "rubric_author"),
-        rubrics=_rubrics(connection, run_id),
+        rubrics=rows("run_rubric_authors", "author"),
         results=rows("run_results", "key"),
-        metrics=_metrics(connection, run_id),
+        metrics=rows("run_metric_totals", "name"),
         deviations=rows("preregistration_deviations", "analysis_id", "deviation", "planned", "actual"),
+        late_plans=_late_plans(connection, row),
     )
 
 
@@ -106,38 +127,7 @@ def _sortable(value: Any) -> tuple[bool, Any]:
     return (value is not None, value if value is not None else 0)
 
 
-def _metrics(connection: Connection[Any], run_id: int) -> list[Row]:
-    """Return the metrics that a run's code recorded, by name: how many values, their mean, extremes and last one."""
-    found: dict[str, list[float]] = {}
-    for columns, rows in database.stream(connection, "run_metrics", order="id", run_id=run_id):
-        name, value = columns.index("name"), columns.index("value")
-        for row in rows:
-            number = plain(row[value])
-            if isinstance(number, int | float):
-                found.setdefault(row[name], []).append(float(number))
-    return [
-        {
-            "name": name,
-            "count": len(values),
-            "mean": statistics.fmean(values),
-            "low": min(values),
-            "high": max(values),
-            "last": values[-1],
-        }
-        for name, values in sorted(found.items())
-    ]
-
-
-def _rubrics(connection: Connection[Any], run_id: int) -> list[Row]:
-    """Return the authors of the run's rubrics: how many cases and criteria they have, and whether they are people."""
-    authors: dict[str, Row] = {}
-    used = {row["rubric_id"] for row in database.rows(connection, "run_rubrics", run_id=run_id)}
-    for rubric in database.rows(connection, "rubrics") if used else ():
-        if rubric["id"] not in used:
-            continue
-        author = {"author": rubric["author"], "is_human": rubric["is_human"], "rubric_count": 0, "criterion_count": 0}
-        row = authors.setdefault(rubric["author"], author)
-        row["rubric_count"] += 1
-        row["criterion_count"] += len(rubric["criteria"])
-        row["is_human"] = row["is_human"] and rubric["is_human"]
-    return [authors[name] for name in sorted(authors)]
+def _late_plans(connection: Connection[Any], run: Row) -> list[Row]:
+    """Return the plans that were registered for the run's instance after the run began, the first one first."""
+    plans = database.rows(connection, "preregistrations", order="id", instance_id=run["instance_id"])
+    return [plain(plan) for plan in plans if plan["created_at"] > run["created_at"]]
