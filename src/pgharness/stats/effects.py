@@ -232,8 +232,12 @@ def matched_rank_biserial(first: object, second: object, *, nan: NanPolicy = "ra
     if len(differences) == 0:
         raise InvalidSample("all pairs are equal: there are no signed ranks")
     ranks = stats.rankdata(np.abs(differences))
-    value = float((ranks * np.sign(differences)).sum() / ranks.sum())
-    word, source = magnitude("r", value)
+    return rank_balance(float(ranks[differences > 0].sum()), float(ranks.sum()))
+
+
+def rank_balance(positive: float, total: float) -> Effect:
+    """Return the matched-pairs rank-biserial correlation from the sum of the positive ranks and that of all."""
+    word, source = magnitude("r", value := 2 * positive / total - 1)
     return Effect("rank-biserial r", value, None, word, source)
 
 

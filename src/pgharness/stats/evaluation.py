@@ -549,7 +549,7 @@ def _labelled(
     given = list(labels)
     codes(given, name=labels_name)
     scores, rows = pairs(values, np.arange(len(given), dtype=np.float64), names=(name, labels_name), nan=nan)
-    return scores, [given[int(row)] for row in rows]
+    return scores, given if len(rows) == len(given) else [given[int(row)] for row in rows]
 
 
 def _case_means(scores: FloatArray, labels: Sequence[Any]) -> tuple[list[Any], FloatArray]:
@@ -567,7 +567,7 @@ def _cluster_codes(cases: Sequence[Any], clusters: Clusters | None) -> IntArray:
 
 
 def _enough_clusters(units: IntArray, what: str, name: str) -> int:
-    count = len(np.unique(units))
+    count = int(np.count_nonzero(np.bincount(units)))
     if count < 2:
         raise InvalidSample(f"{name}: {count} of {what}, at least 2 needed to see how they vary")
     return count

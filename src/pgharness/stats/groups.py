@@ -19,6 +19,7 @@ from pgharness.stats.effects import (
     cohen_dz,
     hedges_g,
     matched_rank_biserial,
+    rank_balance,
 )
 from pgharness.stats.results import Alternative, Effect, Interval, Result
 from pgharness.stats.samples import (
@@ -204,7 +205,7 @@ def wilcoxon_signed_rank(
         estimate=estimate,
         estimate_name="Hodges-Lehmann pseudomedian",
         interval=interval,
-        effect=matched_rank_biserial(one, two),
+        effect=matched_rank_biserial(one, two) if zeros == "pratt" else rank_balance(statistic, float(ranks.sum())),
         warnings=warnings,
         method=f"{method}; {how}",
         **details,

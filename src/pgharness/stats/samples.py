@@ -22,6 +22,7 @@ IntArray = NDArray[np.intp]
 NanPolicy = Literal["raise", "omit"]
 Rng = np.random.Generator | int
 
+_POWERS = np.array([float(10**digits) for digits in range(23)])  # the powers of ten that a double holds exactly
 _OMIT_HINT = 'pass nan="omit" to leave them out'
 
 
@@ -178,9 +179,14 @@ def differences_are_constant(one: FloatArray, two: FloatArray) -> bool:
 def differences_of(one: FloatArray, two: FloatArray) -> FloatArray:
     """Return first minus second without the rounding error of subtracting: 0.3 - 0.1 is 0.2, so ties stay ties."""
     error = 4 * float(np.finfo(np.float64).eps) * np.maximum(np.abs(one), np.abs(two))
-    digits = np.floor(-np.log10(np.where(error > 0, error, 1.0))).astype(int) - 1
-    exact = (one - two).tolist()
-    return np.array([round(value, places) for value, places in zip(exact, digits.tolist(), strict=True)])
+    digits = np.floor(-np.log10(np.where(error > 0, error, 0.01))).astype(int) - 1
+    differences = np.asarray(one - two)
+    usual = (digits >= 0) & (digits < len(_POWERS))
+    powers = _POWERS[np.where(usual, digits, 0)]  # exact, so the quotient below is the double nearest to the decimal
+    rounded = np.rint(differences * powers) / powers
+    for place in np.flatnonzero(~usual):
+        rounded[place] = round(float(differences[place]), int(digits[place]))
+    return rounded
 
 
 def describe(name: str, values: FloatArray) -> Group:
@@ -282,6 +288,8 @@ def codes(labels: Iterable[Any], *, name: str = "cluster", length: int | None = 
     given = list(labels)
     if length is not None and len(given) != length:
         raise InvalidSample(f"{name} has {len(given)} labels for {length} values: give one for each value")
+    if isinstance(labels, range):
+        return np.arange(len(labels))
     if set(map(type, given)) == {int} and (numbers_ := np.array(given)).dtype.kind == "i":  # many cases, most often
         _, first, code = np.unique(numbers_, return_index=True, return_inverse=True)
         return np.argsort(np.argsort(first))[code]

@@ -302,7 +302,7 @@ def test_large_samples_need_no_matrix_of_differences(monkeypatch: pytest.MonkeyP
         pair = rng.normal(0, 1, 61)
         whole = mann_whitney(one, two), wilcoxon_signed_rank(pair, two)
         with monkeypatch.context() as patch:
-            patch.setattr("pgharness.stats.shifts._MATRIX", 10)
+            patch.setattr("pgharness.stats.shifts._MOST_CELLS", 10)
             parts = mann_whitney(one, two), wilcoxon_signed_rank(pair, two)
         for a, b in zip(whole, parts, strict=True):
             assert close(b.estimate, a.estimate, abs=1e-12) and ends(b) == pytest.approx(ends(a), abs=1e-12)  # type: ignore[arg-type]
