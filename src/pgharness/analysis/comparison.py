@@ -51,10 +51,10 @@ class GroupEstimate:
 class PairComparison:
     """Two groups on the cases that they share; difference is first minus second, in units of the score.
 
-    standard_error, df and interval are of the mean difference by case, None where it does not vary or one case alone is
-    shared. choice is the test with its reasons and the alternative beside it, None where nothing can be tested; p_value
-    is its p-value, p_corrected that value corrected for all pairs. differs is what the corrected test says, None
-    without a test.
+    standard_error and df are of the mean difference by case, None where it does not vary or one case alone is shared;
+    interval is the one that goes with the test, or else Student's t. choice is the test with its reasons and the
+    alternative beside it, None where nothing can be tested; p_value is its p-value, p_corrected that value corrected
+    for all pairs. differs is what the corrected test says, None without a test.
     """
 
     first: str
@@ -195,7 +195,7 @@ def _pair(
     shared = table.shared(first, second)
     one, two = table.means[first][shared], table.means[second][shared]
     dropped = int((~np.isnan(table.means[[first, second]])).any(axis=0).sum()) - len(one)
-    warnings = (f"{dropped} cases that only one of them has were left out",) if dropped else ()
+    warnings: tuple[str, ...] = (f"{dropped} cases that only one of them has were left out",) if dropped else ()
     draft = PairComparison(
         *names,
         cases=len(one),

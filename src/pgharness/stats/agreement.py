@@ -25,8 +25,10 @@ from pgharness.stats.samples import (
     differences_of,
     generator,
     is_constant,
+    listed,
     matrix,
     pairs,
+    sample,
 )
 
 KappaWeights = Literal["none", "linear", "quadratic"]
@@ -139,7 +141,7 @@ def krippendorff_alpha(
     """
     if metric not in ("nominal", "ordinal", "interval", "ratio"):
         raise InvalidSample(f'metric is {metric!r}: it is "nominal", "ordinal", "interval" or "ratio"')
-    rows = [[_plain(label) for label in row if not _is_missing(label)] for row in ratings]
+    rows = [[_plain(label) for label in row if not _is_missing(label)] for row in listed(ratings, "ratings", "units")]
     kept = [row for row in rows if len(row) > 1]
     if len(kept) < 2:
         raise InvalidSample(f"{len(kept)} units have two ratings: at least 2 are needed")
@@ -388,9 +390,7 @@ def _ordered(labels: Sequence[Any], categories: Sequence[Any] | None, *, ordered
 def _as_numbers(order: Sequence[Any], metric: Metric) -> FloatArray:
     if not all(isinstance(label, numbers.Real) for label in order):
         raise InvalidSample(f"the {metric} metric needs numbers, not labels such as {order[0]!r}")
-    values = np.array([float(label) for label in order])
-    if not np.isfinite(values).all():
-        raise InvalidSample("ratings must be finite")
+    values = sample(order, name="ratings")
     if metric == "ratio" and values.min() < 0:
         raise InvalidSample(f"the ratio metric needs values from 0, not {values.min():g}")
     return values
@@ -401,7 +401,7 @@ def _plain(label: Any) -> Any:
 
 
 def _is_missing(label: Any) -> bool:
-    return label is None or (isinstance(label, (float, np.floating)) and bool(label != label))
+    return label is None or label is np.ma.masked or (isinstance(label, (float, np.floating)) and bool(label != label))
 
 
 def _checked(level: float) -> float:

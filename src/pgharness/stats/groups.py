@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from pgharness.stats.effects import (
     cliff_delta,
@@ -193,7 +193,7 @@ def wilcoxon_signed_rank(
         p_value, how = signed_rank_p(ranks, statistic, alternative), "exact, given the ties"
     else:
         z = (statistic - ranks.sum() / 2) / math.sqrt((ranks**2).sum() / 4)
-        p_value, how = _tails(z, stats.norm, alternative), "normal approximation with tie correction"
+        p_value, how = t_tails(z, math.inf, alternative), "normal approximation with tie correction"
     estimate, interval = shift_of_pairs(kept, 1 - alpha, alternative)
     warnings = _unreachable(2.0 ** min(len(kept), 1000), alternative, alpha)
     if len(kept) < len(one):
@@ -295,8 +295,8 @@ def brunner_munzel(
     probability = float(placements[0].mean())
     error = math.sqrt(sum(variances))
     statistic = (probability - 0.5) / error
-    p_value = _tails(statistic, stats.t(df), alternative)
-    half = float(stats.t.isf(alpha / 2 if alternative == "two-sided" else alpha, df)) * error
+    p_value = t_tails(statistic, df, alternative)
+    half = t_reach(df, alpha, alternative) * error
     low = max(probability - half, 0.0) if alternative != "less" else 0.0
     high = min(probability + half, 1.0) if alternative != "greater" else 1.0
     few = ("a group has fewer than 10 values: permutation_test is safer",) if min(n1, n2) < 10 else ()
@@ -404,14 +404,14 @@ def _t_result(
 ) -> Result:
     alternative, alpha = details["alternative"], float(details["alpha"])
     estimate = float(one.mean() - two.mean())
-    half = float(stats.t.isf(alpha / 2 if alternative == "two-sided" else alpha, df)) * error
+    half = t_reach(df, alpha, alternative) * error
     low = estimate - half if alternative != "less" else -math.inf
     high = estimate + half if alternative != "greater" else math.inf
     return Result(
         statistic=estimate / error,
         statistic_name="t",
         df=float(df),
-        p_value=_tails(estimate / error, stats.t(df), alternative),
+        p_value=t_tails(estimate / error, df, alternative),
         n=(len(one), len(two)) if n is None else n,
         estimate=estimate,
         estimate_name="mean difference",
@@ -422,12 +422,16 @@ def _t_result(
     )
 
 
-def _tails(statistic: float, distribution: Any, alternative: Alternative) -> float:
-    if alternative == "greater":
-        return float(distribution.sf(statistic))
-    if alternative == "less":
-        return float(distribution.cdf(statistic))
-    return 2 * float(distribution.sf(abs(statistic)))
+def t_tails(t: float, df: float, alternative: Alternative) -> float:
+    """Return the p-value of a t statistic."""
+    if alternative == "two-sided":
+        return 2 * float(special.stdtr(df, -abs(t)))
+    return float(special.stdtr(df, t if alternative == "less" else -t))
+
+
+def t_reach(df: float, alpha: float, alternative: Alternative) -> float:
+    """Return how many standard errors an interval of level 1 - alpha reaches to each side, or to its one side."""
+    return -float(special.stdtrit(df, alpha / 2 if alternative == "two-sided" else alpha))
 
 
 def _arrangements(n1: int, n2: int) -> float:

@@ -61,7 +61,9 @@ def permutation_test(
     observed one counted among them (Phipson & Smyth 2010). Two-sided p is twice the smaller tail.
     """
     check_options(alternative, alpha)
-    one, two = sample(first, name=names[0], nan=nan), sample(second, name=names[1], nan=nan)
+    one, two = (
+        sample(values, name=name, nan=nan, minimum=2) for name, values in zip(names, (first, second), strict=True)
+    )
     _check_resamples(n_resamples)
     if statistic not in ("mean", "median"):
         raise InvalidSample(f'statistic is {statistic!r}: it is "mean" or "median"')
@@ -127,10 +129,11 @@ def paired_permutation_test(
     one, two = pairs(first, second, names=names, nan="raise" if clusters is not None else nan)
     _check_resamples(n_resamples)
     differences = differences_of(one, two)
-    units, sizes = differences, np.ones(len(one))
+    units: FloatArray = differences
+    sizes = np.ones(len(one))
     if clusters is not None:
         labels = codes(clusters, name="clusters", length=len(one))
-        units, sizes = np.bincount(labels, weights=differences), np.bincount(labels).astype(np.float64)
+        units, sizes = np.bincount(labels, differences).astype(np.float64), np.bincount(labels).astype(np.float64)
     units = np.where(np.abs(units) > 1e-14 * max(float(np.abs(units).max()), 1e-300), units, 0.0)
     observed = float(differences.mean())
     details: dict[str, Any] = dict(test="Paired permutation test", statistic=observed, n=len(one), alpha=alpha)
@@ -324,13 +327,13 @@ def _flipped(
         for unit, size in zip(units, sizes, strict=True):
             sums, counts = np.concatenate((sums, sums + unit)), np.concatenate((counts, counts + size))
     else:
-        both, parts = np.column_stack((units, sizes)), [np.zeros((1, 2))]
-        left = n_resamples
-        while left > 0:
-            rows = min(left, max(1, _BATCH_CELLS // len(units)))
-            parts.append(rng.integers(0, 2, size=(rows, len(units)), dtype=np.int8).astype(np.float64) @ both)
-            left -= rows
-        sums, counts = np.concatenate(parts).T
+        drawn = [(np.zeros(1), np.zeros(1))]
+        for start in range(0, n_resamples, step := max(1, _BATCH_CELLS // len(units))):
+            shape = min(step, n_resamples - start), -(-len(units) // 8)
+            bits = np.frombuffer(rng.bytes(shape[0] * shape[1]), dtype=np.uint8).reshape(shape)
+            is_flipped = np.unpackbits(bits, axis=1, count=len(units)).astype(np.float64)
+            drawn.append((is_flipped @ units, is_flipped @ sizes))
+        sums, counts = (np.concatenate(part) for part in zip(*drawn, strict=True))
     cancelled = np.abs(sums) <= 1e-12 * float(np.abs(units).sum())
     return np.where(cancelled, 0.0, sums), counts
 
@@ -369,7 +372,7 @@ def _signs_interval(
 def signs_tail(units: FloatArray) -> float:
     """Return P(the sum of units under random signs >= the sum seen): the saddlepoint approximation of Robinson (1982).
 
-    Good to about a hundredth of the value in the tails, from about 14 units; where sums are tied it is a mid-p.
+    From 14 units on it is right to a few hundredths of the value in the tails; where sums are tied it is a mid-p.
     """
     sizes = np.abs(units) / float(np.abs(units).max())
     seen = float(units.sum()) / float(np.abs(units).max())

@@ -37,6 +37,7 @@ from pgharness.stats.samples import (
     differences_are_constant,
     differences_of,
     is_constant,
+    listed,
     named_samples,
 )
 from pgharness.stats.several import friedman, kruskal_wallis, repeated_measures_anova, welch_anova
@@ -304,8 +305,7 @@ def _read(
         return named_samples(groups, names=names, nan=nan)
     values: dict[str, object] = dict(zip(*_titles(groups, names), strict=True))
     lists: dict[str, Any] = {
-        name: one if isinstance(one, np.ndarray) else list(one)  # type: ignore[call-overload]
-        for name, one in values.items()
+        name: one if isinstance(one, np.ndarray) else listed(one, name, "numbers") for name, one in values.items()
     }
     lengths = {name: len(one) for name, one in lists.items()}
     if len(set(lengths.values())) > 1:
@@ -319,7 +319,7 @@ def _read(
 
 
 def _titles(groups: Any, names: Sequence[str] | None) -> tuple[list[str], list[object]]:
-    values = list(groups.values()) if isinstance(groups, Mapping) else list(groups)
+    values = list(groups.values()) if isinstance(groups, Mapping) else listed(groups, "groups", "samples")
     titles = list(map(str, groups)) if isinstance(groups, Mapping) else [f"group {i + 1}" for i in range(len(values))]
     if names is not None:
         if len(names) != len(values):
