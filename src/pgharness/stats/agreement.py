@@ -174,6 +174,12 @@ def _alphas(draws: NDArray[Any], counts: FloatArray, values: FloatArray, metric:
     counts has shape (units, categories), with at least two labels in each unit; values has shape (categories,).
     """
     each = counts.sum(axis=1)
+    if metric == "interval":  # squares of distances are sums of squares, so no two labels need be compared
+        values = values - values.mean()
+        means = counts @ values / each
+        within = np.sum(counts * (values - means[:, None]) ** 2, axis=1)
+        count, sums, squares = (draws @ of for of in (each, counts @ values, counts @ values**2))
+        return _ratios(2 * (draws @ (each * within / (each - 1))), 2 * (count * squares - sums**2), count)
     totals = draws @ counts
     count = totals.sum(axis=1)
     if metric == "ordinal":  # labels are as far apart as their mid-ranks in the resample
@@ -186,16 +192,18 @@ def _alphas(draws: NDArray[Any], counts: FloatArray, values: FloatArray, metric:
         distance = _distances(values, metric)
         observed = draws @ (np.sum(counts @ distance * counts, axis=1) / (each - 1))
         expected = np.sum(totals @ distance * totals, axis=1)
-    # A resample of one label only has nothing to disagree on.
-    alphas: FloatArray = 1 - np.divide((count - 1) * observed, expected, out=np.zeros(len(draws)), where=expected > 0)
+    return _ratios(observed, expected, count)
+
+
+def _ratios(observed: FloatArray, expected: FloatArray, count: FloatArray) -> FloatArray:
+    """Return 1 - observed over expected disagreement; a resample of one label only has nothing to disagree on."""
+    alphas: FloatArray = 1 - np.divide((count - 1) * observed, expected, out=np.zeros(len(count)), where=expected > 0)
     return alphas
 
 
 def _distances(values: FloatArray, metric: Metric) -> FloatArray:
     if metric == "nominal":
         return 1.0 - np.eye(len(values))
-    if metric == "interval":
-        return np.asarray(np.square(values[:, None] - values[None, :]))
     sums = values[:, None] + values[None, :]
     return np.square(np.divide(values[:, None] - values[None, :], sums, out=np.zeros_like(sums), where=sums != 0))
 

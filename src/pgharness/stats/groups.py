@@ -167,6 +167,7 @@ def wilcoxon_signed_rank(
     alternative: Alternative = "two-sided",
     alpha: float = 0.05,
     zeros: str = "wilcox",
+    shift: bool = True,
     names: tuple[str, str] = NAMES,
     nan: NanPolicy = "raise",
 ) -> Result:
@@ -174,7 +175,8 @@ def wilcoxon_signed_rank(
 
     zeros is what happens to equal pairs: "wilcox" leaves them out, "pratt" (1959) ranks them and drops their ranks.
     Exact up to 50 pairs, ties and zeros included: all signs of the ranks are counted. Else the normal approximation
-    with the tie correction. The statistic is the sum of the ranks of positive differences.
+    with the tie correction. The statistic is the sum of the ranks of positive differences. shift=False leaves out the
+    estimate and its interval, which take most of the time in large samples.
     """
     one, two = _paired(first, second, alternative, alpha, names, nan, 1)
     if zeros not in ("wilcox", "pratt"):
@@ -194,7 +196,7 @@ def wilcoxon_signed_rank(
     else:
         z = (statistic - ranks.sum() / 2) / math.sqrt((ranks**2).sum() / 4)
         p_value, how = t_tails(z, math.inf, alternative), "normal approximation with tie correction"
-    estimate, interval = shift_of_pairs(kept, 1 - alpha, alternative)
+    estimate, interval = shift_of_pairs(kept, 1 - alpha, alternative) if shift else (None, None)
     warnings = _unreachable(2.0 ** min(len(kept), 1000), alternative, alpha)
     if len(kept) < len(one):
         note = f"{len(one) - len(kept)} of {len(one)} pairs are equal" + (" and left out" if zeros == "wilcox" else "")

@@ -298,7 +298,7 @@ def from_records(
 
 def codes(labels: Iterable[Any], *, name: str = "cluster", length: int | None = None) -> IntArray:
     """Return labels as integers 0..k-1 in order of appearance, shape (n,); length is how many there must be."""
-    given = list(labels)
+    given = labels if isinstance(labels, range) else list(labels)
     if length is not None and len(given) != length:
         raise InvalidSample(f"{name} has {len(given)} labels for {length} values: give one for each value")
     if isinstance(labels, range):
