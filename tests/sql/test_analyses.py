@@ -124,7 +124,7 @@ def test_estimates_and_differences_are_those_of_the_library_and_of_a_clustered_r
 ) -> None:
     run = graded_run(tx, effects=(0, 10, 4), rubrics_per_case=grades, grade_replications=grades)
     scores = load_scores(tx, [run])
-    expected = compare(scores)
+    expected = compare(scores, test="t")
     found = rows(tx, "select * from pgharness.combination_estimates where run_id = %s order by combination", run)
     assert [row["combination"] for row in found] == [group.name for group in expected.groups]
     for row, group in zip(found, expected.groups, strict=True):

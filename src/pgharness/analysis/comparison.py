@@ -22,6 +22,7 @@ from pgharness.stats.results import Effect, Interval, Result, apa_estimate, apa_
 from pgharness.stats.samples import FloatArray
 from pgharness.stats.selection import Choice, Outcome
 
+_FEW_CASES = 10
 Test = Literal["auto", "t", "wilcoxon", "sign", "permutation", "mcnemar"]
 _CORRECTION_NAMES = {
     "bonferroni": "Bonferroni",
@@ -50,10 +51,10 @@ class GroupEstimate:
 class PairComparison:
     """Two groups on the cases that they share; difference is first minus second, in units of the score.
 
-    standard_error, df and interval are of the mean difference by case, None where it does not vary or one case alone is
-    shared. choice is the test with its reasons and the alternative beside it, None where nothing can be tested; p_value
-    is its p-value, p_corrected that value corrected for all pairs. differs is what the corrected test says, None
-    without a test.
+    standard_error and df are of the mean difference by case, None where it does not vary or one case alone is shared;
+    interval is the one that goes with the test, or else Student's t. choice is the test with its reasons and the
+    alternative beside it, None where nothing can be tested; p_value is its p-value, p_corrected that value corrected
+    for all pairs. differs is what the corrected test says, None without a test.
     """
 
     first: str
@@ -194,7 +195,7 @@ def _pair(
     shared = table.shared(first, second)
     one, two = table.means[first][shared], table.means[second][shared]
     dropped = int((~np.isnan(table.means[[first, second]])).any(axis=0).sum()) - len(one)
-    warnings = (f"{dropped} cases that only one of them has were left out",) if dropped else ()
+    warnings: tuple[str, ...] = (f"{dropped} cases that only one of them has were left out",) if dropped else ()
     draft = PairComparison(
         *names,
         cases=len(one),
@@ -216,21 +217,30 @@ def _pair(
     choice = _tested(dict(zip(names, (one, two), strict=True)), test, alpha, outcome, seed)
     draft = replace(draft, choice=choice, p_value=choice.result.p_value, effect=choice.result.effect)
     try:
-        found = stats.paired_difference(one, two, cases=range(len(one)), alpha=alpha, names=names)
+        means = choice.result if choice.result.test == "Paired t test" else stats.paired_t(one, two, alpha=alpha)
     except stats.InvalidSample:  # equally far apart in every case
         return replace(
             draft, warnings=(*warnings, "the difference is the same in every case: it has no standard error")
         )
-    assert not isinstance(found.df, tuple)
+    assert not isinstance(means.df, tuple)
+    if means is choice.result and len(one) < _FEW_CASES:
+        warnings += (f"only {len(one)} shared cases: the p-value and interval lean on normality",)
     return replace(
         draft,
-        difference=found.estimate,
+        difference=means.estimate,
         standard_error=float(np.std(one - two, ddof=1) / math.sqrt(len(one))),
-        df=found.df,
-        interval=found.interval,
-        effect=found.effect or choice.result.effect,
-        warnings=(*warnings, *found.warnings),
+        df=means.df,
+        interval=_interval_of(choice.result) or means.interval or Interval(0.0, 0.0, 1 - alpha),
+        effect=means.effect or choice.result.effect,
+        warnings=warnings,
     )
+
+
+def _interval_of(result: Result) -> Interval | None:
+    """Return the interval of the mean difference that goes with a test, so that both tell the same; None without."""
+    if result.estimate_name not in ("mean difference", "difference of proportions") or result.interval is None:
+        return None
+    return result.interval if math.isfinite(result.interval.width) else None
 
 
 def _tested(groups: dict[str, FloatArray], test: Test, alpha: float, outcome: Outcome | None, seed: int) -> Choice:

@@ -25,8 +25,10 @@ from pgharness.stats.samples import (
     differences_of,
     generator,
     is_constant,
+    listed,
     matrix,
     pairs,
+    sample,
 )
 
 KappaWeights = Literal["none", "linear", "quadratic"]
@@ -139,7 +141,7 @@ def krippendorff_alpha(
     """
     if metric not in ("nominal", "ordinal", "interval", "ratio"):
         raise InvalidSample(f'metric is {metric!r}: it is "nominal", "ordinal", "interval" or "ratio"')
-    rows = [[_plain(label) for label in row if not _is_missing(label)] for row in ratings]
+    rows = [[_plain(label) for label in row if not _is_missing(label)] for row in listed(ratings, "ratings", "units")]
     kept = [row for row in rows if len(row) > 1]
     if len(kept) < 2:
         raise InvalidSample(f"{len(kept)} units have two ratings: at least 2 are needed")
@@ -172,6 +174,12 @@ def _alphas(draws: NDArray[Any], counts: FloatArray, values: FloatArray, metric:
     counts has shape (units, categories), with at least two labels in each unit; values has shape (categories,).
     """
     each = counts.sum(axis=1)
+    if metric == "interval":  # squares of distances are sums of squares, so no two labels need be compared
+        values = values - values.mean()
+        means = counts @ values / each
+        within = np.sum(counts * (values - means[:, None]) ** 2, axis=1)
+        count, sums, squares = (draws @ of for of in (each, counts @ values, counts @ values**2))
+        return _ratios(2 * (draws @ (each * within / (each - 1))), 2 * (count * squares - sums**2), count)
     totals = draws @ counts
     count = totals.sum(axis=1)
     if metric == "ordinal":  # labels are as far apart as their mid-ranks in the resample
@@ -184,16 +192,18 @@ def _alphas(draws: NDArray[Any], counts: FloatArray, values: FloatArray, metric:
         distance = _distances(values, metric)
         observed = draws @ (np.sum(counts @ distance * counts, axis=1) / (each - 1))
         expected = np.sum(totals @ distance * totals, axis=1)
-    # A resample of one label only has nothing to disagree on.
-    alphas: FloatArray = 1 - np.divide((count - 1) * observed, expected, out=np.zeros(len(draws)), where=expected > 0)
+    return _ratios(observed, expected, count)
+
+
+def _ratios(observed: FloatArray, expected: FloatArray, count: FloatArray) -> FloatArray:
+    """Return 1 - observed over expected disagreement; a resample of one label only has nothing to disagree on."""
+    alphas: FloatArray = 1 - np.divide((count - 1) * observed, expected, out=np.zeros(len(count)), where=expected > 0)
     return alphas
 
 
 def _distances(values: FloatArray, metric: Metric) -> FloatArray:
     if metric == "nominal":
         return 1.0 - np.eye(len(values))
-    if metric == "interval":
-        return np.asarray(np.square(values[:, None] - values[None, :]))
     sums = values[:, None] + values[None, :]
     return np.square(np.divide(values[:, None] - values[None, :], sums, out=np.zeros_like(sums), where=sums != 0))
 
@@ -388,9 +398,7 @@ def _ordered(labels: Sequence[Any], categories: Sequence[Any] | None, *, ordered
 def _as_numbers(order: Sequence[Any], metric: Metric) -> FloatArray:
     if not all(isinstance(label, numbers.Real) for label in order):
         raise InvalidSample(f"the {metric} metric needs numbers, not labels such as {order[0]!r}")
-    values = np.array([float(label) for label in order])
-    if not np.isfinite(values).all():
-        raise InvalidSample("ratings must be finite")
+    values = sample(order, name="ratings")
     if metric == "ratio" and values.min() < 0:
         raise InvalidSample(f"the ratio metric needs values from 0, not {values.min():g}")
     return values
@@ -401,7 +409,7 @@ def _plain(label: Any) -> Any:
 
 
 def _is_missing(label: Any) -> bool:
-    return label is None or (isinstance(label, (float, np.floating)) and bool(label != label))
+    return label is None or label is np.ma.masked or (isinstance(label, (float, np.floating)) and bool(label != label))
 
 
 def _checked(level: float) -> float:

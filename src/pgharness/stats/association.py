@@ -9,7 +9,7 @@ import numpy as np
 from scipy import special, stats
 
 from pgharness.stats.effects import magnitude
-from pgharness.stats.groups import check_options
+from pgharness.stats.groups import check_options, t_tails
 from pgharness.stats.results import Alternative, Effect, Interval, Result
 from pgharness.stats.samples import FloatArray, InvalidSample, NanPolicy, is_constant, pairs
 
@@ -36,7 +36,7 @@ def pearson(
         "r",
         r,
         float(n - 2),
-        _t_tails(t, n - 2, alternative),
+        t_tails(t, n - 2, alternative),
         n,
         error,
         alternative,
@@ -65,7 +65,7 @@ def spearman(
     rho = min(max(float(np.corrcoef(*ranks)[0, 1]), -1.0), 1.0)
     below = 1 - rho * rho
     t = rho * math.sqrt((n - 2) / below) if below > 1e-15 else math.copysign(math.inf, rho)
-    p_value, how = _t_tails(t, n - 2, alternative), "t approximation"
+    p_value, how = t_tails(t, n - 2, alternative), "t approximation"
     if n <= 7:
         p_value, how = _all_orders(ranks[0], ranks[1], alternative), "exact, all orders"
     error = math.sqrt((1 + rho**2 / 2) / (n - 3)) if n > 3 else math.inf
@@ -163,12 +163,6 @@ def _fisher(value: float, error: float, alpha: float, alternative: Alternative) 
     if alternative == "greater":
         high = 1.0
     return Interval(low, high, 1 - alpha, "Fisher z")
-
-
-def _t_tails(t: float, df: int, alternative: Alternative) -> float:
-    if alternative == "two-sided":
-        return 2 * float(special.stdtr(df, -abs(t)))
-    return float(special.stdtr(df, t if alternative == "less" else -t))
 
 
 def _all_orders(one: FloatArray, two: FloatArray, alternative: Alternative) -> float:

@@ -232,8 +232,12 @@ def matched_rank_biserial(first: object, second: object, *, nan: NanPolicy = "ra
     if len(differences) == 0:
         raise InvalidSample("all pairs are equal: there are no signed ranks")
     ranks = stats.rankdata(np.abs(differences))
-    value = float((ranks * np.sign(differences)).sum() / ranks.sum())
-    word, source = magnitude("r", value)
+    return rank_balance(float(ranks[differences > 0].sum()), float(ranks.sum()))
+
+
+def rank_balance(positive: float, total: float) -> Effect:
+    """Return the matched-pairs rank-biserial correlation from the sum of the positive ranks and that of all."""
+    word, source = magnitude("r", value := 2 * positive / total - 1)
     return Effect("rank-biserial r", value, None, word, source)
 
 
@@ -410,6 +414,9 @@ def noncentral_t_interval(t: float, df: float, level: float = 0.95) -> tuple[flo
 
 def noncentral_t_cdf(t: float, df: float, noncentrality: float) -> float:
     """Return P(T <= t); where scipy's series does not converge, the integral over the chi distribution that it sums."""
+    if min(abs(t), abs(noncentrality)) > 1e6 and t * noncentrality > 0:  # only the variance estimate varies
+        beyond = float(special.chdtrc(df, df * (noncentrality / t) ** 2))
+        return beyond if t > 0 else 1 - beyond
     value = float(special.nctdtr(df, noncentrality, t))
     if not math.isnan(value):
         return value
@@ -425,13 +432,22 @@ def noncentral_t_cdf(t: float, df: float, noncentrality: float) -> float:
     return float(integrate.quad(density, 1e-300, end, points=kinks, epsabs=1e-13, epsrel=1e-11, limit=500)[0])
 
 
+def noncentral_f_cdf(f: float, df1: float, df2: float, noncentrality: float) -> float:
+    """Return P(F <= f); where scipy's series fails or does not end, that of Patnaik (1949), Biometrika 36."""
+    value = float(special.ncfdtr(df1, df2, noncentrality, f)) if noncentrality < 1e8 else math.nan
+    if not math.isnan(value):
+        return value
+    scaled = (df1 + noncentrality) ** 2 / (df1 + 2 * noncentrality)
+    return float(special.fdtr(scaled, df2, f / (1 + noncentrality / df1)))
+
+
 def noncentral_f_interval(f: float, df1: float, df2: float, level: float = 0.95) -> tuple[float, float]:
     """Return the noncentralities for which F is at the tails of the noncentral F distribution; at least 0."""
     _check_level(level)
     tail = (1 - level) / 2
 
     def cdf(noncentrality: float) -> float:
-        return float(special.ncfdtr(df1, df2, noncentrality, f))
+        return noncentral_f_cdf(f, df1, df2, noncentrality)
 
     return _solve_from_zero(cdf, 1 - tail, f * df1), _solve_from_zero(cdf, tail, f * df1)
 

@@ -544,15 +544,17 @@ def pass_at_k(
 
 def _labelled(
     values: object, labels: Sequence[Any], name: str, labels_name: str, nan: NanPolicy
-) -> tuple[FloatArray, list[Any]]:
+) -> tuple[FloatArray, Sequence[Any]]:
     """Return values and their labels without the rows whose value is missing, if that is allowed."""
-    given = list(labels)
+    given = labels if isinstance(labels, range) else list(labels)
     codes(given, name=labels_name)
     scores, rows = pairs(values, np.arange(len(given), dtype=np.float64), names=(name, labels_name), nan=nan)
-    return scores, [given[int(row)] for row in rows]
+    return scores, given if len(rows) == len(given) else [given[int(row)] for row in rows]
 
 
-def _case_means(scores: FloatArray, labels: Sequence[Any]) -> tuple[list[Any], FloatArray]:
+def _case_means(scores: FloatArray, labels: Sequence[Any]) -> tuple[Sequence[Any], FloatArray]:
+    if isinstance(labels, range):  # each value is a case of its own
+        return labels, scores
     code = codes(labels)
     return list(dict.fromkeys(labels)), np.bincount(code, scores) / np.bincount(code)
 
@@ -567,7 +569,7 @@ def _cluster_codes(cases: Sequence[Any], clusters: Clusters | None) -> IntArray:
 
 
 def _enough_clusters(units: IntArray, what: str, name: str) -> int:
-    count = len(np.unique(units))
+    count = int(np.count_nonzero(np.bincount(units)))
     if count < 2:
         raise InvalidSample(f"{name}: {count} of {what}, at least 2 needed to see how they vary")
     return count

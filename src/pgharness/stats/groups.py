@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from pgharness.stats.effects import (
     cliff_delta,
@@ -19,6 +19,7 @@ from pgharness.stats.effects import (
     cohen_dz,
     hedges_g,
     matched_rank_biserial,
+    rank_balance,
 )
 from pgharness.stats.results import Alternative, Effect, Interval, Result
 from pgharness.stats.samples import (
@@ -166,6 +167,7 @@ def wilcoxon_signed_rank(
     alternative: Alternative = "two-sided",
     alpha: float = 0.05,
     zeros: str = "wilcox",
+    shift: bool = True,
     names: tuple[str, str] = NAMES,
     nan: NanPolicy = "raise",
 ) -> Result:
@@ -173,7 +175,8 @@ def wilcoxon_signed_rank(
 
     zeros is what happens to equal pairs: "wilcox" leaves them out, "pratt" (1959) ranks them and drops their ranks.
     Exact up to 50 pairs, ties and zeros included: all signs of the ranks are counted. Else the normal approximation
-    with the tie correction. The statistic is the sum of the ranks of positive differences.
+    with the tie correction. The statistic is the sum of the ranks of positive differences. shift=False leaves out the
+    estimate and its interval, which take most of the time in large samples.
     """
     one, two = _paired(first, second, alternative, alpha, names, nan, 1)
     if zeros not in ("wilcox", "pratt"):
@@ -192,8 +195,8 @@ def wilcoxon_signed_rank(
         p_value, how = signed_rank_p(ranks, statistic, alternative), "exact, given the ties"
     else:
         z = (statistic - ranks.sum() / 2) / math.sqrt((ranks**2).sum() / 4)
-        p_value, how = _tails(z, stats.norm, alternative), "normal approximation with tie correction"
-    estimate, interval = shift_of_pairs(kept, 1 - alpha, alternative)
+        p_value, how = t_tails(z, math.inf, alternative), "normal approximation with tie correction"
+    estimate, interval = shift_of_pairs(kept, 1 - alpha, alternative) if shift else (None, None)
     warnings = _unreachable(2.0 ** min(len(kept), 1000), alternative, alpha)
     if len(kept) < len(one):
         note = f"{len(one) - len(kept)} of {len(one)} pairs are equal" + (" and left out" if zeros == "wilcox" else "")
@@ -204,7 +207,7 @@ def wilcoxon_signed_rank(
         estimate=estimate,
         estimate_name="Hodges-Lehmann pseudomedian",
         interval=interval,
-        effect=matched_rank_biserial(one, two),
+        effect=matched_rank_biserial(one, two) if zeros == "pratt" else rank_balance(statistic, float(ranks.sum())),
         warnings=warnings,
         method=f"{method}; {how}",
         **details,
@@ -294,8 +297,8 @@ def brunner_munzel(
     probability = float(placements[0].mean())
     error = math.sqrt(sum(variances))
     statistic = (probability - 0.5) / error
-    p_value = _tails(statistic, stats.t(df), alternative)
-    half = float(stats.t.isf(alpha / 2 if alternative == "two-sided" else alpha, df)) * error
+    p_value = t_tails(statistic, df, alternative)
+    half = t_reach(df, alpha, alternative) * error
     low = max(probability - half, 0.0) if alternative != "less" else 0.0
     high = min(probability + half, 1.0) if alternative != "greater" else 1.0
     few = ("a group has fewer than 10 values: permutation_test is safer",) if min(n1, n2) < 10 else ()
@@ -403,14 +406,14 @@ def _t_result(
 ) -> Result:
     alternative, alpha = details["alternative"], float(details["alpha"])
     estimate = float(one.mean() - two.mean())
-    half = float(stats.t.isf(alpha / 2 if alternative == "two-sided" else alpha, df)) * error
+    half = t_reach(df, alpha, alternative) * error
     low = estimate - half if alternative != "less" else -math.inf
     high = estimate + half if alternative != "greater" else math.inf
     return Result(
         statistic=estimate / error,
         statistic_name="t",
         df=float(df),
-        p_value=_tails(estimate / error, stats.t(df), alternative),
+        p_value=t_tails(estimate / error, df, alternative),
         n=(len(one), len(two)) if n is None else n,
         estimate=estimate,
         estimate_name="mean difference",
@@ -421,12 +424,16 @@ def _t_result(
     )
 
 
-def _tails(statistic: float, distribution: Any, alternative: Alternative) -> float:
-    if alternative == "greater":
-        return float(distribution.sf(statistic))
-    if alternative == "less":
-        return float(distribution.cdf(statistic))
-    return 2 * float(distribution.sf(abs(statistic)))
+def t_tails(t: float, df: float, alternative: Alternative) -> float:
+    """Return the p-value of a t statistic."""
+    if alternative == "two-sided":
+        return 2 * float(special.stdtr(df, -abs(t)))
+    return float(special.stdtr(df, t if alternative == "less" else -t))
+
+
+def t_reach(df: float, alpha: float, alternative: Alternative) -> float:
+    """Return how many standard errors an interval of level 1 - alpha reaches to each side, or to its one side."""
+    return -float(special.stdtrit(df, alpha / 2 if alternative == "two-sided" else alpha))
 
 
 def _arrangements(n1: int, n2: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pgharness.stats.results import json_safe
-from pgharness.stats.samples import FloatArray, InvalidSample, sample
+from pgharness.stats.samples import FloatArray, InvalidSample, listed, sample
 
 Correction = Literal["bonferroni", "holm", "hochberg", "bh", "by"]
 SOURCES: dict[str, str] = {
@@ -61,9 +61,9 @@ def adjust(p_values: Mapping[str, float] | Sequence[float], *, correction: Corre
     if isinstance(p_values, Mapping):
         names, given = tuple(map(str, p_values)), list(p_values.values())
     else:
-        given = list(p_values)
+        given = listed(p_values, "p_values", "p-values")
         names = tuple(f"test {number}" for number in range(1, len(given) + 1))
-    array = sample(given, name="p_values")
+    array = sample(given, name="p_values", any_size=True)
     if (array < 0).any() or (array > 1).any():
         raise InvalidSample(f"p_values has {array[(array < 0) | (array > 1)][0]:g}: p-values are in 0..1")
     order = np.argsort(array, kind="stable")

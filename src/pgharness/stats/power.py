@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, Protocol, Self
 import numpy as np
 from scipy import integrate, optimize, special, stats
 
+from pgharness.stats.effects import noncentral_f_cdf
 from pgharness.stats.evaluation import VarianceParts
 from pgharness.stats.results import Alternative, Interval
 from pgharness.stats.samples import InvalidSample, Rng, generator
@@ -26,6 +27,7 @@ CAVEAT = (
     "The American Statistician 55): report the interval, or the effect that this n could have detected"
 )
 _LARGEST_N = 100_000_000
+_MOST_TABLES = 100_000  # pairs of counts that a power is summed over
 
 
 class Design(Protocol):
@@ -140,10 +142,7 @@ class ManyMeans:
         df1, df2 = self.groups - 1, self.groups * (n - 1)
         critical = float(stats.f.isf(alpha, df1, df2))
         noncentrality = self.f**2 * n * self.groups
-        missed = float(special.ncfdtr(df1, df2, noncentrality, critical)) if noncentrality else 1 - alpha
-        if math.isnan(missed):  # the series fails where the power is all but 1: Patnaik (1949), Biometrika 36
-            scaled = (df1 + noncentrality) ** 2 / (df1 + 2 * noncentrality)
-            missed = float(stats.f.cdf(critical / (1 + noncentrality / df1), scaled, df2))
+        missed = noncentral_f_cdf(critical, df1, df2, noncentrality) if noncentrality else 1 - alpha
         return 1 - missed
 
     def total(self, n: float) -> int:
@@ -152,15 +151,20 @@ class ManyMeans:
 
 @dataclass(frozen=True, slots=True)
 class TwoProportions:
-    """Two independent proportions, z test of pooled variance; n in the first group, ratio times n in the second."""
+    """Two independent proportions, z test of pooled variance; n in the first group, ratio times n in the second.
+
+    Summed over both counts, unless approximate is set or the groups are large: then the normal approximation of most
+    tables and programs, which is wrong by several points where few successes or failures are expected.
+    """
 
     first: float
     second: float
     ratio: float = 1.0
     alternative: Alternative = "two-sided"
+    approximate: bool = False
     unit: ClassVar[str] = "values in the first group"
     effect_name: ClassVar[str] = "difference of proportions"
-    method: ClassVar[str] = "normal approximation; Fleiss, Levin & Paik (2003), Statistical Methods, 3rd ed., ch. 4"
+    method: ClassVar[str] = "over both counts; large groups: Fleiss, Levin & Paik (2003), Statistical Methods, ch. 4"
     smallest: ClassVar[int] = 2
 
     @property
@@ -179,6 +183,8 @@ class TwoProportions:
             if not 0 <= share <= 1:
                 raise InvalidSample(f"{name} is {share!r}: a proportion lies between 0 and 1")
         other = n * self.ratio
+        if not self.approximate and (exact := self._exact(math.floor(n), math.floor(other + 1e-9), alpha)) is not None:
+            return exact
         pooled = (self.first + self.ratio * self.second) / (1 + self.ratio)
         null = math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / other))
         real = math.sqrt(self.first * (1 - self.first) / n + self.second * (1 - self.second) / other)
@@ -189,6 +195,23 @@ class TwoProportions:
         above = float(stats.norm.sf((reach - self.effect) / real))
         below = float(stats.norm.cdf((-reach - self.effect) / real))
         return {"two-sided": above + below, "greater": above, "less": below}[self.alternative]
+
+    def _exact(self, n: int, other: int, alpha: float) -> float | None:
+        """Return the chance of all counts that the test rejects, None where they are too many."""
+        counts, chances = [], []
+        for size, share in ((n, self.first), (other, self.second)):
+            low, high = (int(stats.binom.ppf(p, size, share)) for p in (1e-12, 1 - 1e-12))
+            counts.append(np.arange(max(low, 0), high + 1))
+            chances.append(stats.binom.pmf(counts[-1], size, share))
+        if len(counts[0]) * len(counts[1]) > _MOST_TABLES:
+            return None
+        one, two = counts[0][:, None], counts[1][None, :]
+        pooled = (one + two) / (n + other)
+        error = np.sqrt(pooled * (1 - pooled) * (1 / n + 1 / other))
+        z = np.divide(two / other - one / n, error, out=np.zeros(error.shape), where=error > 0)
+        critical = float(stats.norm.isf(alpha / 2 if self.alternative == "two-sided" else alpha))
+        rejected = {"two-sided": np.abs(z) > critical, "greater": z > critical, "less": z < -critical}[self.alternative]
+        return float(chances[0] @ rejected @ chances[1])
 
     def total(self, n: float) -> int:
         return math.ceil(n) + math.ceil(n * self.ratio)
@@ -357,7 +380,9 @@ def sample_size(design: Design, *, power: float = 0.8, alpha: float = 0.05) -> P
         middle = (low + high) // 2
         low, high = (low, middle) if design.power(middle, alpha) >= power else (middle + 1, high)
     if isinstance(design, McNemarPairs):
-        high = _past_the_teeth(design, high, power, alpha)
+        high = _past_the_teeth(design, high, power, alpha, 1 / (design.first_only + design.second_only))
+    elif isinstance(design, TwoProportions) and not design.approximate:
+        high = _past_the_teeth(design, high, power, alpha, 1.0)
     return _answer("a priori", design, high, alpha)
 
 
@@ -503,9 +528,9 @@ def _answer(question: Question, design: Design, n: int, alpha: float) -> Power:
     )
 
 
-def _past_the_teeth(design: McNemarPairs, n: int, power: float, alpha: float) -> int:
-    """The power of an exact test falls now and then as n grows: return the n past the last fall below the power."""
-    step = math.ceil(1 / (design.first_only + design.second_only))
+def _past_the_teeth(design: Design, n: int, power: float, alpha: float, tooth: float) -> int:
+    """The power of a test of counts falls now and then as n grows: return the n past the last fall below the power."""
+    step = math.ceil(tooth)
     while True:
         ahead = range(n, n + 40 * step + n // 10)
         below = [size for size in ahead if design.power(size, alpha) < power]

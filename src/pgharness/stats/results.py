@@ -196,7 +196,8 @@ class Result:
         verdict = "the result was significant at" if self.is_significant() else "the result did not reach"
         parts = [f"{self.test} ({_described(self.groups)})" if self.groups else self.test]
         parts[0] += f": {verdict} the {level} level"
-        parts.append(apa_statistic(self.statistic_name, self.statistic, self.df, self.n))
+        if self.statistic_name != self.estimate_name:  # else it comes with its interval
+            parts.append(apa_statistic(self.statistic_name, self.statistic, self.df, self.n))
         parts.append(apa_p(self.p_value) + ("" if self.alternative == "two-sided" else " (one-sided)"))
         if self.estimate is not None and self.estimate_name:
             parts.append(apa_estimate(self.estimate_name, self.estimate, self.interval))

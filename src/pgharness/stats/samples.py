@@ -22,6 +22,9 @@ IntArray = NDArray[np.intp]
 NanPolicy = Literal["raise", "omit"]
 Rng = np.random.Generator | int
 
+_POWERS = np.array([float(10**digits) for digits in range(23)])  # the powers of ten that a double holds exactly
+_LARGEST = 1e70  # fourth powers of what is larger, or smaller than its inverse, leave the range of doubles
+_LARGEST_WHOLE = 2.0**53
 _OMIT_HINT = 'pass nan="omit" to leave them out'
 
 
@@ -38,13 +41,16 @@ def generator(rng: Rng) -> np.random.Generator:
     return np.random.default_rng(int(rng))
 
 
-def sample(values: object, *, name: str = "values", nan: NanPolicy = "raise", minimum: int = 1) -> FloatArray:
+def sample(
+    values: object, *, name: str = "values", nan: NanPolicy = "raise", minimum: int = 1, any_size: bool = False
+) -> FloatArray:
     """Return one sample as float64, shape (n,), n >= minimum.
 
-    values is a list, tuple, numpy array, pandas or other series of numbers or booleans (true is 1); None is NaN.
-    Raises InvalidSample for text, more than one dimension, infinities, NaN (unless omitted) and too few values.
+    values is a list, tuple, numpy array, pandas or other series of numbers or booleans (true is 1); None and what is
+    masked is NaN. Raises InvalidSample for text, more than one dimension, infinities, NaN (unless omitted), too few
+    values, whole numbers that a double does not hold, and (unless any_size) values whose fourth powers it does not.
     """
-    array = _numbers(values, name)
+    array = _numbers(values, name, any_size=any_size)
     missing = np.isnan(array)
     if missing.any():
         _refuse_nan(nan, f"{name} has {_count(int(missing.sum()), 'missing value')} of {len(array)}")
@@ -95,7 +101,7 @@ def named_samples(
     if isinstance(groups, Mapping):
         labels, values = [str(key) for key in groups], list(groups.values())
     else:
-        values = list(groups)
+        values = listed(groups, "groups", "samples")
         labels = [f"group {number}" for number in range(1, len(values) + 1)]
     if names is not None:
         if len(names) != len(values):
@@ -106,6 +112,13 @@ def named_samples(
     if len(set(labels)) < len(labels):
         raise InvalidSample(f"two groups have the same name ({', '.join(labels)}): rename one")
     return {label: sample(one, name=label, nan=nan, minimum=minimum) for label, one in zip(labels, values, strict=True)}
+
+
+def listed(values: Any, name: str, of: str) -> list[Any]:
+    """Return what was given as a list. Raises InvalidSample for what is none."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise InvalidSample(f"{name} is a {type(values).__name__}: give a list or a mapping of {of}")
+    return list(values)
 
 
 def matrix(
@@ -120,8 +133,8 @@ def matrix(
     With nan="omit" a subject goes when any of its values is missing. Raises InvalidSample for other shapes, and as
     `sample` does.
     """
-    if isinstance(values, np.ndarray) and values.ndim == 2 and values.dtype.kind == "f" and not np.isinf(values).any():
-        table = values.astype(np.float64)
+    if isinstance(values, np.ndarray) and values.ndim == 2:
+        table = _numbers(values.ravel(), name).reshape(values.shape)
     else:
         table = _table(values, name)
     missing = np.isnan(table).any(axis=1)
@@ -172,15 +185,21 @@ def differences_are_constant(one: FloatArray, two: FloatArray) -> bool:
     """Say whether all pairs differ by one amount, up to the rounding error of the values that are subtracted."""
     spread = float(np.ptp(one - two))
     scale = max(float(np.max(np.abs(one))), float(np.max(np.abs(two))))
-    return spread <= 10 * float(np.finfo(np.float64).eps) * scale
+    error = float(np.finfo(np.float64).eps) * scale
+    return spread <= 10 * error or (spread <= 200 * error and is_constant(differences_of(one, two)))
 
 
 def differences_of(one: FloatArray, two: FloatArray) -> FloatArray:
     """Return first minus second without the rounding error of subtracting: 0.3 - 0.1 is 0.2, so ties stay ties."""
     error = 4 * float(np.finfo(np.float64).eps) * np.maximum(np.abs(one), np.abs(two))
-    digits = np.floor(-np.log10(np.where(error > 0, error, 1.0))).astype(int) - 1
-    exact = (one - two).tolist()
-    return np.array([round(value, places) for value, places in zip(exact, digits.tolist(), strict=True)])
+    digits = np.floor(-np.log10(np.where(error > 0, error, 0.01))).astype(int) - 1
+    differences = np.asarray(one - two)
+    usual = (digits >= 0) & (digits < len(_POWERS))
+    powers = _POWERS[np.where(usual, digits, 0)]  # exact, so the quotient below is the double nearest to the decimal
+    rounded: FloatArray = np.rint(differences * powers) / powers
+    for place in np.flatnonzero(~usual):
+        rounded[place] = round(float(differences[place]), int(digits[place]))
+    return rounded
 
 
 def describe(name: str, values: FloatArray) -> Group:
@@ -279,9 +298,11 @@ def from_records(
 
 def codes(labels: Iterable[Any], *, name: str = "cluster", length: int | None = None) -> IntArray:
     """Return labels as integers 0..k-1 in order of appearance, shape (n,); length is how many there must be."""
-    given = list(labels)
+    given = labels if isinstance(labels, range) else list(labels)
     if length is not None and len(given) != length:
         raise InvalidSample(f"{name} has {len(given)} labels for {length} values: give one for each value")
+    if isinstance(labels, range):
+        return np.arange(len(labels))
     if set(map(type, given)) == {int} and (numbers_ := np.array(given)).dtype.kind == "i":  # many cases, most often
         _, first, code = np.unique(numbers_, return_index=True, return_inverse=True)
         return np.argsort(np.argsort(first))[code]
@@ -339,10 +360,14 @@ def _rows(values: object) -> Iterable[Any]:
     return list(values)
 
 
-def _numbers(values: object, name: str) -> FloatArray:
+def _numbers(values: object, name: str, *, any_size: bool = False) -> FloatArray:
     """Return values as float64 with NaN for what is missing; refuse what is not a finite number or missing."""
+    if isinstance(values, np.ma.MaskedArray) and values.dtype.kind in "biuf":
+        values = np.ma.filled(values.astype(np.float64), np.nan)
     if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "biuf":
         array = values.astype(np.float64)
+        if values.dtype.kind in "iu" and (np.abs(array) > _LARGEST_WHOLE).any():
+            array = np.array([_number(value, name) for value in values.tolist()])
     else:
         is_scalar = isinstance(values, np.ndarray) and values.ndim == 0
         if is_scalar or isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
@@ -351,12 +376,23 @@ def _numbers(values: object, name: str) -> FloatArray:
     infinite = int(np.isinf(array).sum())
     if infinite:
         raise InvalidSample(f"{name} has {_count(infinite, 'infinite value')} of {len(array)}: remove or replace them")
+    largest = float(np.nanmax(np.abs(array), initial=0.0))
+    if not any_size and largest and not 1 / _LARGEST < largest < _LARGEST:
+        raise InvalidSample(f"{name} goes up to {largest:.3g}, too far from 1 to compute with: give it in other units")
     return array
 
 
 def _number(value: Any, name: str) -> float:
     if isinstance(value, (numbers.Real, np.bool_, Decimal)):
-        return float(value)
+        try:
+            number = float(value)
+        except (OverflowError, ValueError):  # a whole number of hundreds of digits, or a signalling NaN
+            raise InvalidSample(f"{name} has a {type(value).__name__} that is no double: convert it first") from None
+        if isinstance(value, numbers.Integral) and int(number) != value:
+            raise InvalidSample(
+                f"{name} has {value}, which a double does not hold to the last digit: subtract what all have in common"
+            )
+        return number
     if _is_missing(value):
         return float("nan")
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
@@ -365,9 +401,9 @@ def _number(value: Any, name: str) -> float:
 
 
 def _is_missing(value: Any) -> bool:
-    return (
-        value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
-    )
+    if value is None or value is np.ma.masked or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, float) and value != value
 
 
 def _refuse_nan(nan: NanPolicy, found: str) -> None:

@@ -2,7 +2,8 @@
 
 The design comes first: paired or independent, clustered or not, binary or numeric, two groups or more. Where means
 are compared, Welch's test is taken without a preliminary test of variances, which would spoil its level (Zimmerman
-2004); ranks are taken where small samples are clearly not normal. A robust alternative is always reported beside it.
+2004). Pairs whose differences are clearly not normal keep the mean and get its p-value from random signs; small
+independent samples get ranks. A robust alternative is always reported beside it.
 """
 
 from __future__ import annotations
@@ -37,12 +38,15 @@ from pgharness.stats.samples import (
     differences_are_constant,
     differences_of,
     is_constant,
+    listed,
     named_samples,
 )
 from pgharness.stats.several import friedman, kruskal_wallis, repeated_measures_anova, welch_anova
 
 Outcome = Literal["binary", "ordinal", "continuous"]
 LARGE = 30
+MOST_PERMUTED = 1000
+MOST_SHIFTED = 10_000  # pairs for which a test that stands beside another also estimates a shift
 ZIMMERMAN = "Zimmerman (2004), British Journal of Mathematical and Statistical Psychology 57"
 
 
@@ -152,7 +156,7 @@ def _numeric_pairs(
 ) -> Choice:
     one, two = samples.values()
     options: dict[str, Any] = dict(alternative=alternative, alpha=alpha, names=_two(samples))
-    ranks = wilcoxon_signed_rank(one, two, **options)
+    ranks = wilcoxon_signed_rank(one, two, shift=kind == "ordinal" or len(one) <= MOST_SHIFTED, **options)
     if kind == "ordinal":
         reasons.append("ordinal values have an order but no distances, so signed ranks")
         return Choice(ranks, None, kind, tuple(reasons))
@@ -160,12 +164,18 @@ def _numeric_pairs(
         reasons.append("all pairs differ by the same amount, so signs are all there is to go by")
         return Choice(paired_permutation_test(one, two, rng=rng, **options), ranks, kind, tuple(reasons))
     check = _normality({"the differences": differences_of(one, two)})
-    means = replace(paired_t(one, two, **options), assumptions=check)
-    if _bears_means(check, [one], reasons):
-        return Choice(means, ranks, kind, tuple(reasons))
-    return Choice(
-        replace(ranks, assumptions=check), paired_permutation_test(one, two, rng=rng, **options), kind, tuple(reasons)
-    )
+    if len(one) > MOST_PERMUTED:
+        reasons.append(f"more than {MOST_PERMUTED:,} pairs, so their mean is nearly normal")
+    elif any(one.is_met is False for one in check):
+        reasons.append(
+            f"{len(one)} pairs whose differences are not normal (Shapiro-Wilk), so their mean under random signs, "
+            "which needs no normality where either system could have had either score"
+        )
+        signs = paired_permutation_test(one, two, mid_p=True, rng=rng, **options)
+        return Choice(replace(signs, assumptions=check), ranks, kind, tuple(reasons))
+    else:
+        reasons.append(f"{len(one)} pairs without evidence against normal differences (Shapiro-Wilk)")
+    return Choice(replace(paired_t(one, two, **options), assumptions=check), ranks, kind, tuple(reasons))
 
 
 def _numeric_groups(
@@ -286,7 +296,9 @@ def _clustered(
     options: dict[str, Any] = dict(alternative=alternative, alpha=alpha, names=_two(samples))
     reasons.append("the clusters' averages are compared, each counting once")
     inner = _numeric_pairs(dict(zip(samples, averages, strict=True)), "continuous", reasons, alternative, alpha, rng)
-    robust = paired_permutation_test(one, two, clusters=labels.tolist(), rng=rng, **options)
+    robust = inner.alternative  # random signs of averages and of sums would be one test twice
+    if inner.result.test != "Paired permutation test":
+        robust = paired_permutation_test(one, two, clusters=labels.tolist(), rng=rng, **options)
     return Choice(inner.result, robust, kind, inner.reasons)
 
 
@@ -297,8 +309,7 @@ def _read(
         return named_samples(groups, names=names, nan=nan)
     values: dict[str, object] = dict(zip(*_titles(groups, names), strict=True))
     lists: dict[str, Any] = {
-        name: one if isinstance(one, np.ndarray) else list(one)  # type: ignore[call-overload]
-        for name, one in values.items()
+        name: one if isinstance(one, np.ndarray) else listed(one, name, "numbers") for name, one in values.items()
     }
     lengths = {name: len(one) for name, one in lists.items()}
     if len(set(lengths.values())) > 1:
@@ -312,7 +323,7 @@ def _read(
 
 
 def _titles(groups: Any, names: Sequence[str] | None) -> tuple[list[str], list[object]]:
-    values = list(groups.values()) if isinstance(groups, Mapping) else list(groups)
+    values = list(groups.values()) if isinstance(groups, Mapping) else listed(groups, "groups", "samples")
     titles = list(map(str, groups)) if isinstance(groups, Mapping) else [f"group {i + 1}" for i in range(len(values))]
     if names is not None:
         if len(names) != len(values):

@@ -9,17 +9,20 @@ without ties, else by the normal approximation of the rank sum. Ties make the in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 from pgharness.stats.results import Alternative, Interval
-from pgharness.stats.samples import FloatArray
+from pgharness.stats.samples import FloatArray, IntArray
 
 _EXACT_PRODUCT = 2500
 _EXACT_PAIRS = 50
-_MATRIX = 4_000_000
+_MOST_CELLS = 100_000  # sums that are formed and sorted
+_THIN = 256
+_THIN_ERROR = 1.5 / _THIN  # of the share of sums at most a value
 
 
 def exact_rank_sum_is_cheap(n1: int, n2: int) -> bool:
@@ -77,20 +80,8 @@ def shift_of_groups(
         z = float(stats.norm.isf(_tail(level, alternative)))
         cut = math.floor(count / 2 - z * math.sqrt(count * (n1 + n2 + 1) / 12))
         method = "Hodges-Lehmann, normal approximation"
-    if count <= _MATRIX:
-        differences = np.sort(np.subtract.outer(one, two), axis=None)
-        estimate = float(np.median(differences))
-
-        def kth(k: int) -> float:
-            return float(differences[k - 1])
-    else:
-        one, two = np.sort(one), np.sort(two)
-        middle = [_kth_difference(one, two, k) for k in {(count + 1) // 2, count // 2 + 1}]
-        estimate = sum(middle) / len(middle)
-
-        def kth(k: int) -> float:
-            return _kth_difference(one, two, k)
-
+    kth = _differences(one, two).kth(((count + 1) // 2, count // 2 + 1), (cut,), (count + 1 - cut,))
+    estimate = (kth[(count + 1) // 2] + kth[count // 2 + 1]) / 2
     return estimate, _interval(kth, count, cut, level, alternative, method)
 
 
@@ -107,21 +98,8 @@ def shift_of_pairs(
         z = float(stats.norm.isf(_tail(level, alternative)))
         cut = math.floor(count / 2 - z * math.sqrt(n * (n + 1) * (2 * n + 1) / 24))
         method = "Hodges-Lehmann, normal approximation"
-    if count <= _MATRIX:
-        rows, columns = np.triu_indices(n)
-        averages = np.sort((differences[rows] + differences[columns]) / 2)
-        estimate = float(np.median(averages))
-
-        def kth(k: int) -> float:
-            return float(averages[k - 1])
-    else:
-        ordered = np.sort(differences)
-        middle = [_kth_walsh(ordered, k) for k in {(count + 1) // 2, count // 2 + 1}]
-        estimate = sum(middle) / len(middle)
-
-        def kth(k: int) -> float:
-            return _kth_walsh(ordered, k)
-
+    kth = _walsh_averages(differences).kth(((count + 1) // 2, count // 2 + 1), (cut,), (count + 1 - cut,))
+    estimate = (kth[(count + 1) // 2] + kth[count // 2 + 1]) / 2
     return estimate, _interval(kth, count, cut, level, alternative, method)
 
 
@@ -132,7 +110,8 @@ def median_interval(values: FloatArray, level: float, alternative: Alternative =
     cut = int(stats.binom.ppf(_tail(level, alternative), n, 0.5))
     if stats.binom.cdf(cut, n, 0.5) > _tail(level, alternative):
         cut -= 1
-    return _interval(lambda k: float(ordered[k - 1]), n, cut + 1, level, alternative, "order statistics")
+    kth = {k: float(ordered[k - 1]) for k in (cut + 1, n - cut) if 1 <= k <= n}
+    return _interval(kth, n, cut + 1, level, alternative, "order statistics")
 
 
 def _tail(level: float, alternative: Alternative) -> float:
@@ -140,11 +119,10 @@ def _tail(level: float, alternative: Alternative) -> float:
 
 
 def _interval(
-    kth: Callable[[int], float], count: int, cut: int, level: float, alternative: Alternative, method: str
+    kth: Mapping[int, float], count: int, cut: int, level: float, alternative: Alternative, method: str
 ) -> Interval:
     """Return the cut-th smallest and largest values; samples too small for the level give an infinite interval."""
-    low = kth(cut) if cut >= 1 else -math.inf
-    high = kth(count + 1 - cut) if cut >= 1 else math.inf
+    low, high = (kth[cut], kth[count + 1 - cut]) if cut >= 1 else (-math.inf, math.inf)
     if alternative == "less":
         low = -math.inf
     if alternative == "greater":
@@ -182,36 +160,113 @@ def _signed_rank_quantile(n: int, tail: float) -> int:
     return _quantile(counts, tail)
 
 
-def _kth_difference(one: FloatArray, two: FloatArray, k: int) -> float:
-    """Return the k-th smallest of all differences of two sorted samples, without forming them."""
+@dataclass(frozen=True, slots=True)
+class _Edge:
+    """A value, how many sums are at most that, and in which column each row's sums end to be."""
 
-    def at_most(value: float) -> int:
-        return int(np.searchsorted(two, one - value, side="left").astype(np.int64).sum())
-
-    total = len(one) * len(two)
-    return _bisect(lambda value: total - at_most(value), float(one[0] - two[-1]), float(one[-1] - two[0]), k)
-
-
-def _kth_walsh(ordered: FloatArray, k: int) -> float:
-    """Return the k-th smallest mean of two values (or of one with itself) of a sorted sample, without forming them."""
-    places = np.arange(len(ordered))
-
-    def at_most(value: float) -> int:
-        ends = np.searchsorted(ordered, 2 * value - ordered, side="right")
-        return int(np.maximum(ends - places, 0).sum())
-
-    return _bisect(at_most, float(ordered[0]), float(ordered[-1]), k)
+    value: float
+    count: int
+    ends: IntArray
 
 
-def _bisect(at_most: Callable[[float], int], low: float, high: float, k: int) -> float:
-    """Return the smallest value with at least k at most it, to the last digits of its magnitude."""
-    if at_most(low) >= k:
-        return low
-    tolerance = 4 * float(np.finfo(np.float64).eps) * max(abs(low), abs(high))
-    while high - low > tolerance:
-        middle = (low + high) / 2
-        if at_most(middle) >= k:
-            high = middle
-        else:
-            low = middle
-    return high
+class _Sums:
+    """All sums of a value of one sample and a value of another, counted and selected without forming them.
+
+    Equal values count as one with a weight. A table of the sums has a row for each value of the first sample, and in it
+    the columns from starts on, values of the second; diagonal has further sums of given counts.
+    """
+
+    def __init__(
+        self,
+        rows: tuple[FloatArray, IntArray],
+        columns: tuple[FloatArray, IntArray],
+        starts: IntArray,
+        diagonal: tuple[FloatArray, IntArray],
+    ) -> None:
+        (self.rows, self.row_counts), (self.columns, self.column_counts) = rows, columns
+        self.starts, self.diagonal = starts, diagonal
+        self.below = np.concatenate(([0], np.cumsum(self.column_counts)))  # values left of a column
+        self.diagonal_below = np.concatenate(([0], np.cumsum(diagonal[1])))
+        self.smallest, self.largest = float(self.rows[0] + self.columns[0]), float(self.rows[-1] + self.columns[-1])
+        self.error = 4 * float(np.finfo(np.float64).eps) * max(abs(self.smallest), abs(self.largest))
+
+    def kth(self, *groups: tuple[int, ...]) -> dict[int, float]:
+        """Return the k-th smallest sums by k, from 1; groups are of neighbours. What there is not is left out."""
+        low, high = _Edge(-math.inf, 0, self.starts), self._upto(math.nextafter(self.largest, math.inf))
+        wanted = [[k for k in group if 1 <= k <= high.count] for group in groups]
+        every = sorted(k for group in wanted for k in group)
+        if every and _cells(low, high) > _MOST_CELLS:
+            guesses = self._thinned()
+            shares = every[0] / high.count - _THIN_ERROR, every[-1] / high.count + _THIN_ERROR
+            for value in np.quantile(guesses, np.clip(shares, 0, 1)):
+                low, high = self._narrowed(every, float(value), low, high)
+        if _cells(low, high) <= _MOST_CELLS:
+            wanted = [every]
+        found: dict[int, float] = {}
+        for group in filter(None, wanted):
+            found |= self._select(group, low, high)
+        return found
+
+    def _select(self, group: list[int], low: _Edge, high: _Edge) -> dict[int, float]:
+        """Return the k-th smallest of the sums between two edges, which are drawn together around them first."""
+        while _cells(low, high) > _MOST_CELLS:
+            start = max(low.value, self.smallest)
+            width, inside = high.value - start, high.count - low.count
+            if width <= self.error:
+                return dict.fromkeys(group, high.value)  # one value, often
+            for share in ((group[0] - low.count) / inside - 0.01, (group[-1] - low.count) / inside + 0.01):
+                low, high = self._narrowed(group, start + share * width, low, high)
+            if high.value - max(low.value, self.smallest) > width / 4:  # not as even as that took it for
+                low, high = self._narrowed(group, (max(low.value, self.smallest) + high.value) / 2, low, high)
+        values, counts = self._between(low, high)
+        order = np.argsort(values)
+        reached = low.count + np.cumsum(counts[order])
+        return {k: float(values[order[np.searchsorted(reached, k)]]) for k in group}
+
+    def _narrowed(self, group: list[int], value: float, low: _Edge, high: _Edge) -> tuple[_Edge, _Edge]:
+        if not low.value < value < high.value:
+            return low, high
+        edge = self._upto(value)
+        if edge.count >= group[-1]:
+            return low, edge
+        return (edge, high) if edge.count < group[0] else (low, high)
+
+    def _upto(self, value: float) -> _Edge:
+        ends = np.maximum(np.searchsorted(self.columns, value - self.rows, side="right"), self.starts)
+        count = int(self.row_counts @ (self.below[ends] - self.below[self.starts]))
+        own = self.diagonal_below[np.searchsorted(self.diagonal[0], value, side="right")]
+        return _Edge(value, count + int(own), ends)
+
+    def _between(self, low: _Edge, high: _Edge) -> tuple[FloatArray, IntArray]:
+        lengths = high.ends - low.ends
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        column = np.arange(len(row)) + np.repeat(low.ends - np.cumsum(lengths) + lengths, lengths)
+        places = slice(*np.searchsorted(self.diagonal[0], (low.value, high.value), side="right"))
+        values = np.concatenate((self.rows[row] + self.columns[column], self.diagonal[0][places]))
+        return values, np.concatenate((self.row_counts[row] * self.column_counts[column], self.diagonal[1][places]))
+
+    def _thinned(self) -> FloatArray:
+        """Return sums of evenly spaced quantiles of both samples: nearly the distribution of all."""
+        shares = (np.arange(_THIN) + 0.5) / _THIN
+        rows, columns = (
+            values[np.searchsorted(np.cumsum(counts), shares * counts.sum())]
+            for values, counts in ((self.rows, self.row_counts), (self.columns, self.column_counts))
+        )
+        return np.sort(np.add.outer(rows, columns), axis=None)
+
+
+def _cells(low: _Edge, high: _Edge) -> int:
+    return int((high.ends - low.ends).sum())
+
+
+def _differences(one: FloatArray, two: FloatArray) -> _Sums:
+    rows, columns = np.unique(one, return_counts=True), np.unique(-two, return_counts=True)
+    starts = np.zeros(len(rows[0]), dtype=np.intp)
+    return _Sums(rows, columns, starts, (np.empty(0), np.empty(0, dtype=np.intp)))
+
+
+def _walsh_averages(values: FloatArray) -> _Sums:
+    """Return all means of two values and of one with itself: sums of halves, where a value meets only later ones."""
+    different, counts = np.unique(values, return_counts=True)
+    halves, starts = different / 2, np.arange(1, len(different) + 1)
+    return _Sums((halves, counts), (halves, counts), starts, (different, counts * (counts + 1) // 2))

@@ -26,6 +26,7 @@ from pgharness.stats.groups import (
 )
 from pgharness.stats.results import Alternative, Result
 from pgharness.stats.samples import InvalidSample
+from pgharness.stats.shifts import shift_of_pairs
 from unit.stats.data_sets import paired, two_groups
 
 Array = NDArray[np.float64]
@@ -302,7 +303,7 @@ def test_large_samples_need_no_matrix_of_differences(monkeypatch: pytest.MonkeyP
         pair = rng.normal(0, 1, 61)
         whole = mann_whitney(one, two), wilcoxon_signed_rank(pair, two)
         with monkeypatch.context() as patch:
-            patch.setattr("pgharness.stats.shifts._MATRIX", 10)
+            patch.setattr("pgharness.stats.shifts._MOST_CELLS", 10)
             parts = mann_whitney(one, two), wilcoxon_signed_rank(pair, two)
         for a, b in zip(whole, parts, strict=True):
             assert close(b.estimate, a.estimate, abs=1e-12) and ends(b) == pytest.approx(ends(a), abs=1e-12)  # type: ignore[arg-type]
@@ -384,3 +385,21 @@ def test_welch_agrees_with_pingouin() -> None:
         other = pg.ttest(one, two, correction=True)
         found = welch_t(one, two)
         assert close(found.statistic, float(other["T"].iloc[0])) and close(found.p_value, float(other.iloc[0, 3]))
+
+
+def test_shifts_of_large_tied_and_skewed_samples_are_those_of_all_sums() -> None:
+    rng = np.random.default_rng(12)
+    for number in range(200):
+        size = int(rng.integers(460, 620))  # more sums than are formed at once
+        one = (rng.normal(size=size), rng.integers(0, 9, size) / 3, rng.lognormal(0, 2, size))[number % 3]
+        one[: int(rng.integers(0, 300))] = one[0]
+        rows, columns = np.triu_indices(size)
+        averages = np.sort((one[rows] + one[columns]) / 2)
+        level = float(rng.choice([0.5, 0.95, 0.999]))
+        estimate, interval = shift_of_pairs(one, level)
+        cut = int(np.searchsorted(averages, interval.low, side="right"))
+        assert estimate == pytest.approx(float(np.median(averages)), abs=1e-12)
+        z = stats.norm.isf((1 - level) / 2) * math.sqrt(size * (size + 1) * (2 * size + 1) / 24)
+        expected = math.floor(len(averages) / 2 - z)
+        assert interval.low == pytest.approx(averages[expected - 1], abs=1e-12) and cut >= expected
+        assert interval.high == pytest.approx(averages[len(averages) - expected], abs=1e-12)

@@ -7,13 +7,22 @@ import math
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy import stats
 
-from pgharness.stats.resampling import bootstrap, bootstrap_difference, paired_permutation_test, permutation_test
+from pgharness.stats.proportions import mcnemar, paired_table
+from pgharness.stats.resampling import (
+    bootstrap,
+    bootstrap_difference,
+    paired_permutation_test,
+    permutation_test,
+    signs_tail,
+)
 from pgharness.stats.results import Alternative
 from pgharness.stats.samples import InvalidSample
 from unit.stats.data_sets import paired, two_groups
 
+Array = NDArray[np.float64]
 ALTERNATIVES: tuple[Alternative, ...] = ("two-sided", "less", "greater")
 
 
@@ -76,7 +85,7 @@ def test_a_random_p_value_is_never_zero() -> None:
     found = permutation_test(np.arange(30.0), np.arange(30.0) + 100, n_resamples=199)
     assert found.p_value == pytest.approx(2 / 200)
     assert paired_permutation_test(np.arange(30.0), np.arange(30.0) + 100, n_resamples=199).p_value == pytest.approx(
-        0.01
+        2 * 2**-30, rel=1e-12
     )
 
 
@@ -188,3 +197,74 @@ def test_data_that_do_not_vary() -> None:
 def test_bad_input_is_refused(call: object, message: str) -> None:
     with pytest.raises(InvalidSample, match=message):
         call()  # type: ignore[operator]
+
+
+def flips(differences: Array) -> Array:
+    """Every choice of pairs whose signs are flipped, as 0 and 1, shape (2^n, n)."""
+    return np.array(list(itertools.product((0.0, 1.0), repeat=len(differences))))
+
+
+def shifts_kept(differences: Array, shifts: Array, alternative: str, *, mid_p: bool) -> list[bool]:
+    """Which shifts the test of the shifted differences, enumerated, does not reject at .05."""
+    kept, chosen = [], flips(differences)
+    for shift in shifts:
+        sums = chosen @ (differences - shift)  # what is flipped sums to 0 or below: as extreme as seen
+        slack = 1e-12 * np.abs(differences - shift).sum()
+        tied = (np.abs(sums) <= slack).mean() * (0.5 if mid_p else 1.0)
+        above, below = (sums < -slack).mean() + tied, (sums > slack).mean() + tied
+        p = {"greater": above, "less": below, "two-sided": 2 * min(above, below)}[alternative]
+        kept.append(bool(p >= 0.05))
+    return kept
+
+
+def test_the_interval_of_random_signs_holds_what_the_test_does_not_reject() -> None:
+    for number, (one, two) in enumerate(paired(200, seed=29, least=6, most=10)):
+        alternative, mid_p = ALTERNATIVES[number % 3], number % 2 == 0
+        differences = np.array([round(value, 12) for value in one - two]) if np.ptp(one) < 1e3 else one - two
+        found = paired_permutation_test(differences, np.zeros(len(one)), alternative=alternative, mid_p=mid_p)
+        assert found.interval is not None and found.estimate == pytest.approx(differences.mean(), rel=1e-12, abs=1e-12)
+        chosen = flips(differences)[1:]
+        means = np.unique(chosen @ differences / chosen.sum(axis=1))
+        shifts = (means[1:] + means[:-1])[np.diff(means) > 1e-9 * np.ptp(means)] / 2
+        kept = shifts_kept(differences, shifts, alternative, mid_p=mid_p)
+        inside = [shift in found.interval for shift in shifts]
+        # mid-p ends lie between two neighbouring means, so the shift between these may be on either side
+        assert sum(a != b for a, b in zip(kept, inside, strict=True)) <= (2 if mid_p else 0)
+        assert (0.0 in found.interval) == (found.p_value >= 0.05) or mid_p
+
+
+def test_test_and_interval_of_many_pairs_tell_the_same() -> None:
+    rng = np.random.default_rng(30)
+    for number in range(200):
+        size = int(rng.integers(14, 60))
+        differences = rng.integers(-2, 4, size) / 3 if number % 2 else rng.standard_t(2, size) + rng.choice([0.0, 0.5])
+        moving = np.where(differences == 0, 1 / 3, differences)
+        for mid_p in (True, False):
+            found = paired_permutation_test(moving, np.zeros(size), mid_p=mid_p)
+            assert found.interval is not None and (0.0 in found.interval) == (found.p_value >= 0.05)
+
+
+def test_mid_p_of_signs_is_mcnemars() -> None:
+    rng = np.random.default_rng(31)
+    for _ in range(200):
+        one, two = (rng.integers(0, 2, 13).astype(float) for _ in range(2))
+        expected = mcnemar(paired_table(one, two), method="mid-p").p_value
+        assert paired_permutation_test(one, two, mid_p=True).p_value == pytest.approx(expected, abs=1e-12)
+
+
+def test_far_tails_of_signs_are_near_their_enumeration() -> None:
+    rng = np.random.default_rng(32)
+    errors = []
+    while len(errors) < 200:
+        units = rng.normal(0.8, 1, 18) if len(errors) % 2 else rng.exponential(1, 18) - 0.2
+        sums = np.zeros(1)
+        for unit in units:
+            sums = np.concatenate((sums, sums + unit))
+        exact = float((sums <= 1e-12).mean())
+        if 1e-4 < exact < 0.005:  # below, signs are seen one by one
+            errors.append(signs_tail(units) / exact - 1)
+    assert abs(float(np.median(errors))) < 0.03 and np.quantile(np.abs(errors), 0.9) < 0.15
+    assert signs_tail(np.ones(40)) == 2.0**-40 and signs_tail(-np.ones(40)) == 1.0
+    one = rng.normal(2.0, 1, 60)
+    found = paired_permutation_test(one, np.zeros(60))
+    assert found.p_value < 1e-9, "a p-value does not end where random signs do"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import chi2
 
+from pgharness import stats
 from pgharness.stats.samples import (
     InvalidSample,
     codes,
@@ -165,3 +169,116 @@ def test_a_group_is_described() -> None:
     assert (group.n, group.mean, group.median) == (3, 3.0, 2.0)
     assert group.sd == pytest.approx(7**0.5)
     assert describe("a", np.array([1.0])).as_dict()["sd"] is None
+
+
+NORMAL = np.random.default_rng(191).normal(size=24)
+TWO = [
+    "student_t",
+    "welch_t",
+    "mann_whitney",
+    "brunner_munzel",
+    "paired_t",
+    "wilcoxon_signed_rank",
+    "sign_test",
+    "permutation_test",
+    "cohen_d",
+    "hedges_g",
+    "paired_permutation_test",
+    "bootstrap_difference",
+    "glass_delta",
+    "cohen_dz",
+    "cliff_delta",
+    "common_language_effect",
+    "pearson",
+    "spearman",
+    "kendall",
+    "matched_rank_biserial",
+    "bland_altman",
+    "bayesian_t",
+    "bayesian_signed_rank",
+]
+GROUPS = [
+    "one_way_anova",
+    "welch_anova",
+    "kruskal_wallis",
+    "tukey_hsd",
+    "games_howell",
+    "dunn",
+    "equal_variances",
+    "eta2",
+    "omega2",
+    "epsilon2",
+]
+TABLES = ["repeated_measures_anova", "friedman", "mauchly", "nemenyi", "intraclass_correlations"]
+SINGLE = ["bootstrap", "shapiro_wilk", "anderson_darling", "dagostino", "confidence_sequence"]
+QUICK = {"n_resamples": 99}
+
+
+def asked(function: str, values: Any) -> Any:
+    """What a function says of values beside normal ones, in the form that it takes."""
+    made = getattr(stats, function)
+    if function in SINGLE:
+        return made(values, **(QUICK if function == "bootstrap" else {}))
+    if function in TWO:
+        return made(values, NORMAL, **(QUICK if "permutation" in function or "bootstrap" in function else {}))
+    return made(
+        [values, NORMAL, NORMAL + 1] if function in GROUPS else list(zip(values, values[::-1], values, strict=True))
+    )
+
+
+@pytest.mark.parametrize("function", [*TWO, *GROUPS, *TABLES, *SINGLE, "compare"])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (NORMAL * 1e300, "too far from 1"),
+        (NORMAL * 1e160, "too far from 1"),
+        (np.array([5e-324, 0.0, 1e-323] * 8), "too far from 1"),
+        (NORMAL * 1e-170, "too far from 1"),
+        ([2**53 + i for i in range(24)], "to the last digit"),
+        (np.arange(24, dtype=np.uint64) + np.uint64(2**63), "to the last digit"),
+        ([10**400, *range(23)], "no double"),
+        (np.ma.array(NORMAL, mask=[True] + [False] * 23), "missing|no value"),
+        ([math.inf, *NORMAL[1:]], "infinite"),
+        ([None, *NORMAL[1:]], "missing|no value"),
+        ([*NORMAL[1:], 1j], "not a number"),
+    ],
+    ids=[
+        "huge",
+        "squares overflow",
+        "denormal",
+        "squares vanish",
+        "int",
+        "uint64",
+        "bigint",
+        "masked",
+        "inf",
+        "none",
+        "complex",
+    ],
+)
+def test_no_function_computes_with_what_doubles_do_not_hold(function: str, values: Any, message: str) -> None:
+    with pytest.raises(InvalidSample, match=message):
+        asked(function, values) if function != "compare" else stats.compare([values, NORMAL], paired=True)
+
+
+@pytest.mark.parametrize("function", [*TWO, *GROUPS, *TABLES, *SINGLE])
+def test_values_of_any_usual_size_are_computed_or_refused_in_words(function: str) -> None:
+    for scale in (1e-60, 1e60):
+        for values in (NORMAL * scale, (np.arange(24.0) + 100) * scale, np.array([0.0] * 23 + [1.0]) * scale):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                try:
+                    asked(function, values)
+                except InvalidSample as refused:
+                    assert any(word in str(refused) for word in ("do not overlap", "equal", "same amount"))
+
+
+def test_groups_that_all_but_do_not_vary_have_intervals_all_the_same() -> None:
+    first, second = np.arange(12) * 1e-6, np.arange(12) * 1e-6 + 1e3
+    for effect in (stats.eta2([first, second]), stats.omega2([first, second])):
+        assert effect.interval is not None and 0.999 < effect.interval.low <= effect.value <= effect.interval.high <= 1
+    d = stats.cohen_d(second, first)
+    # a t of so many standard errors leaves only the error of the standard deviation, which is chi-squared
+    assert d.interval is not None
+    ends = [d.value * math.sqrt(chi2.ppf(tail, 22) / 22) for tail in (0.025, 0.975)]
+    assert (d.interval.low, d.interval.high) == pytest.approx(ends, rel=1e-6)

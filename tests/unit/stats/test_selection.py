@@ -27,7 +27,7 @@ YES, NO = (RNG.random(60) < 0.8).astype(float), (RNG.random(60) < 0.5).astype(fl
         ([NORMAL, WIDE], False, "ordinal", "Brunner-Munzel test", None),
         ([[1, 1, 1], [2, 2, 2]], False, None, "Permutation test", None),
         ([NORMAL[:35], WIDE], True, None, "Paired t test", "Wilcoxon signed-rank test"),
-        ([np.exp(SKEWED), np.zeros(14)], True, None, "Wilcoxon signed-rank test", "Paired permutation test"),
+        ([np.exp(SKEWED), np.zeros(14)], True, None, "Paired permutation test", "Wilcoxon signed-rank test"),
         ([NORMAL[:35], WIDE], True, "ordinal", "Wilcoxon signed-rank test", None),
         ([[1, 2, 3], [2, 3, 4]], True, None, "Paired permutation test", "Wilcoxon signed-rank test"),
         ([YES, NO], True, None, "McNemar test, mid-p", "McNemar test, exact"),
