@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +136,7 @@ def _pair(
 ) -> Detectable:
     cases, sd = len(differences), float(np.std(differences, ddof=1))
     alpha, wanted = level
-    found = detectable_effect(PairedMeans(0.5), cases, power=wanted, alpha=alpha).effect * sd
+    found = _detectable(cases, wanted, alpha) * sd
     note_usd, grade_usd, case_usd = prices
     # a difference is paid twice: each of its notes and grades is made by both systems
     advice = advise_precision(parts, note_usd=2 * note_usd, grade_usd=2 * grade_usd, case_usd=case_usd)
@@ -149,6 +150,12 @@ def _pair(
     if needed is not None:
         sentence += f" For a difference of {abs(difference or 0):g}: {needed.reason}."
     return Detectable(*names, cases, sd, found, parts, advice, needed, sentence, parts.warnings)
+
+
+@functools.cache
+def _detectable(cases: int, power: float, alpha: float) -> float:
+    """Return the mean difference that so many pairs find, in standard deviations: the same for all pairs of a run."""
+    return detectable_effect(PairedMeans(0.5), cases, power=power, alpha=alpha).effect
 
 
 def _prices(
