@@ -15,9 +15,11 @@ from fill import fill
 from psycopg import Connection
 
 from pgharness import database
-from pgharness.desk import make_here
+from pgharness.desk import Kind, make_here
 
 _SECONDS = 10
+_REPORT_SECONDS = 30
+_TABLES: dict[Kind, str] = {"analysis": "analyses", "report": "reports"}
 _MEGABYTES = 1_000
 _VIEW_MS = 2_000
 _QUERIES = {
@@ -28,24 +30,33 @@ _QUERIES = {
 
 
 def analyses(bed: Bed) -> Iterator[Line]:
-    """Time each kind of analysis, with the most memory that its process takes, and each view that needs no worker."""
+    """Time each kind of analysis and a report, with the most memory that their process takes, and each view."""
     notes = 25_000 if bed.is_quick else 500_000
     with bed.database() as url, connected(url) as connection:
         run_id = fill(connection, notes=notes)
-        for kind in ("compare", "agreement", "power"):
+        asked: dict[str, tuple[Kind, dict[str, Any], int]] = {
+            kind: ("analysis", {"kind": kind, "run_ids": [run_id]}, _SECONDS)
+            for kind in ("compare", "agreement", "power")
+        }
+        asked["report (html, md, json, csv)"] = (
+            "report",
+            {"run_id": run_id, "formats": ["html", "md", "json", "csv"]},
+            _REPORT_SECONDS,
+        )
+        for what, (kind, options, limit) in asked.items():
             seconds, starts, megabytes = [], [], 0.0
             for _ in range(bed.repeats):
-                seconds.append(timed(lambda kind=kind: _analyse(url, kind, run_id)))
+                seconds.append(timed(lambda kind=kind, options=options: _make(connection, url, kind, options)))
                 starts.append(timed(lambda: subprocess.run([sys.executable, "-c", "import scipy.stats"], check=True)))
                 megabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
             yield Line(
                 "analyses",
-                f"{kind} of {2 * notes:,} grades, its process included",
+                f"{what} of {2 * notes:,} grades, its process included",
                 "s",
                 seconds,
                 "import scipy.stats",
                 starts,
-                limit=_SECONDS,
+                limit=limit,
                 remark=f"at most {megabytes:,.0f} MB" + " (over the goal)" * (megabytes > _MEGABYTES),
             )
         for view, query in _QUERIES.items():
@@ -56,12 +67,12 @@ def analyses(bed: Bed) -> Iterator[Line]:
             yield Line("analyses", f"{view} of {2 * notes:,} grades", "ms", reads, "select 1", trips, limit=_VIEW_MS)
 
 
-def _analyse(connection: Connection[Any], url: str, kind: str, run_id: int) -> None:
-    row = database.call(connection, "request_analysis", kind=kind, run_ids=[run_id], anew=True)[0]
-    make_here(connection, url, "analysis", row["id"])
-    found = database.rows(connection, "analyses", id=row["id"])[0]
+def _make(connection: Connection[Any], url: str, kind: Kind, options: dict[str, Any]) -> None:
+    row = database.call(connection, f"request_{kind}", **options, anew=True)[0]
+    make_here(connection, url, kind, row["id"])
+    found = database.rows(connection, _TABLES[kind], id=row["id"])[0]
     if found["status"] != "succeeded":
-        raise RuntimeError(f"analysis {row['id']} is {found['status']}: {found['error']}")
+        raise RuntimeError(f"{kind} {row['id']} is {found['status']}: {found['error']}")
 
 
 def _read(connection: Connection[Any], query: str) -> float:
