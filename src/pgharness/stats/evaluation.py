@@ -461,7 +461,9 @@ def advise_precision(
         f"{100 * share / current:.0f}% {name}" if current else f"0% {name}"
         for name, share in zip(("between cases", "between replications", "between grades"), shares, strict=True)
     )
+    as_good = [name for name in gains if name != best and gains[name] > 0.99 * gains[best] > 0]
     reason = f"the variance of the mean is {told}; the next dollar buys most precision in {best}"
+    reason += f", and as much in {' and '.join(as_good)}" * bool(as_good)
     return PrecisionAdvice(best if current else "none", gains, now, optimum, reason)
 
 
