@@ -181,6 +181,16 @@ def test_groups_without_variation_inside_explain_everything() -> None:
     assert rank_epsilon2(6.0, 13).value == 0.5
 
 
+def test_rank_epsilon_squared_is_the_share_of_the_ranks_variance_between_groups() -> None:
+    for groups in several_groups(200, seed=48):
+        ranks = stats.rankdata(np.concatenate(groups))
+        labels = np.repeat(np.arange(len(groups)), [len(one) for one in groups])
+        between = sum(size * ranks[labels == i].mean() ** 2 for i, size in enumerate(np.bincount(labels)))
+        share = (between - len(ranks) * ranks.mean() ** 2) / ranks.var() / len(ranks)
+        found = rank_epsilon2(stats.kruskal(*groups).statistic, len(ranks))
+        assert found.value == pytest.approx(share, abs=1e-8)
+
+
 # -- orders
 
 

@@ -225,6 +225,32 @@ def test_dunnett_gives_what_is_published() -> None:
     assert a.interval is not None and a.interval.low < a.difference < a.interval.high
 
 
+def test_dunnett_agrees_with_an_integral_over_what_the_groups_share() -> None:
+    for groups in (several[:3] for several in several_groups(200, seed=91)):
+        sizes = [len(one) for one in groups]
+        df = sum(sizes) - len(groups)
+        variance = sum(((one - one.mean()) ** 2).sum() for one in groups) / df
+        for found, size in zip(dunnett(groups, control="group 1"), sizes[1:], strict=True):
+            error = math.sqrt(variance * (1 / size + 1 / sizes[0]))
+            assert found.interval is not None
+            assert found.p_value == pytest.approx(1 - _all_within(abs(found.difference) / error, sizes, df), abs=3e-4)
+            end = (found.interval.high - found.difference) / error
+            assert _all_within(end, sizes, df) == pytest.approx(0.95, abs=1e-3)
+
+
+def _all_within(limit: float, sizes: list[int], df: int) -> float:
+    """Return the chance that no t against the first group is beyond a limit, given its mean and the variance in turn."""
+    means, weights = np.polynomial.hermite_e.hermegauss(60)
+    at, shares = np.polynomial.legendre.leggauss(120)
+    deviations = np.sqrt(stats.chi2(df).ppf((at + 1) / 2) / df)
+    kept = np.ones((60, 120))
+    for size in sizes[1:]:
+        shared = math.sqrt(size / (size + sizes[0]))
+        ends = [(shared * means[:, None] + side * limit * deviations) / math.sqrt(1 - shared**2) for side in (-1, 1)]
+        kept *= stats.norm.cdf(ends[1]) - stats.norm.cdf(ends[0])
+    return float(weights @ kept @ shares) / 2 / math.sqrt(2 * math.pi)
+
+
 # -- nothing varies, too much is missing
 
 
