@@ -269,7 +269,7 @@ async def test_inputs_that_others_push_out_of_the_cache_are_not_missed(
 
 
 async def test_a_setting_that_cannot_be_used_fails_its_items_and_not_the_worker(lab: Any) -> None:
-    lab.model("odd", parameters={"max_tokens": "many"}, tokens_per_minute=1000)
+    lab.model("odd", "openai", model="m", parameters={"max_tokens": "many"}, tokens_per_minute=1000)
     lab.instance(cases=2, generator="odd", max_attempts=1, failure_threshold=1)
     run_id = lab.start()
     async with opened(lab, Calls()) as engine:
