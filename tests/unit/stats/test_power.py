@@ -247,6 +247,53 @@ def test_the_three_questions_answer_each_other() -> None:
             assert math.copysign(1, least.effect) == math.copysign(1, design.effect)
 
 
+def _replayed(design: Any, n: int, random: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Draw data of a design so many times and make its test; return the p-values."""
+    times = 60_000
+    match design:
+        case TwoMeans():
+            one, two = random.normal(design.d, 1, (times, n)), random.normal(0, 1, (times, round(n * design.ratio)))
+            return np.asarray(stats.ttest_ind(one, two, axis=1).pvalue)
+        case PairedMeans():
+            return np.asarray(stats.ttest_1samp(random.normal(design.dz, 1, (times, n)), 0, axis=1).pvalue)
+        case ManyMeans():
+            means = np.arange(design.groups) / np.std(np.arange(design.groups)) * design.f
+            return np.asarray(stats.f_oneway(*(random.normal(mean, 1, (times, n)) for mean in means), axis=1).pvalue)
+        case ClusteredMeans():
+            spread = design.icc**0.5, (1 - design.icc) ** 0.5
+            size = int(design.cluster_size)
+            one, two = (
+                random.normal(mean, spread[0], (times, n)) + random.normal(0, spread[1], (times, n, size)).mean(axis=2)
+                for mean in (design.d, 0)
+            )
+            return np.asarray(stats.ttest_ind(one, two, axis=1).pvalue)
+        case McNemarPairs():
+            rest = 1 - design.first_only - design.second_only
+            counts = random.multinomial(n, [design.first_only, design.second_only, rest], times)
+            low, whole = counts[:, :2].min(axis=1), counts[:, :2].sum(axis=1)
+            less = stats.binom.pmf(low, whole, 0.5) * design.mid_p
+            return np.asarray(np.minimum(2 * stats.binom.cdf(low, whole, 0.5) - less, 1))
+    raise AssertionError(design)
+
+
+def test_sizes_that_are_advised_have_their_power_when_replayed() -> None:
+    random = np.random.default_rng(11)
+    for design in (
+        TwoMeans(0.6),
+        TwoMeans(0.9, ratio=2.0),
+        PairedMeans(0.35),
+        ManyMeans(0.3, 4),
+        ClusteredMeans(0.5, 5, 0.2),
+        McNemarPairs(0.25, 0.10),
+        McNemarPairs(0.25, 0.10, mid_p=True),
+    ):
+        for power in (0.5, 0.8, 0.9):
+            advised = sample_size(design, power=power)
+            seen = float(np.mean(_replayed(design, advised.n, random) <= 0.05))
+            assert abs(seen - advised.power) < 0.008, (design, advised)  # four times the simulation's error of .002
+            assert seen > power - 0.008
+
+
 def test_simulation_agrees_with_the_formula() -> None:
     def p_value(random: np.random.Generator, n: int = 40) -> float:
         one, two = random.normal(0.6, 1, n), random.normal(0, 1, n)
