@@ -271,3 +271,16 @@ comment on column pgharness.run_provenance.worker_git_commits is 'Git commits of
 comment on column pgharness.run_provenance.worker_environments is 'Python, platform and package versions of its workers, each different one once.';
 comment on column pgharness.run_provenance.response_cache is 'How it used the response cache: off, read, write or replay; calls of outcome cached say which answers came from there.';
 comment on column pgharness.run_provenance.code is 'Of a run of code: the versions of it that were executed, with their git commit; experiment_versions has their source and what was not committed.';
+
+create or replace view pgharness.run_rubric_authors with (security_invoker = true) as
+select used.run_id, r.name as run, ru.author, bool_and(ru.is_human) as is_human, count(*) as rubric_count,
+       sum(jsonb_array_length(ru.criteria))::bigint as criterion_count
+  from (select distinct rr.run_id, rr.rubric_id from pgharness.run_rubrics as rr) as used
+  join pgharness.runs as r on r.id = used.run_id
+  join pgharness.rubrics as ru on ru.id = used.rubric_id
+ group by used.run_id, r.name, ru.author;
+comment on view pgharness.run_rubric_authors is
+'One row per run and author of rubrics that its grades go by: how many rubrics, with how many criteria. Example: select author, rubric_count from pgharness.run_rubric_authors where run_id = 1;';
+comment on column pgharness.run_rubric_authors.is_human is 'Whether people wrote all of them.';
+comment on column pgharness.run_rubric_authors.rubric_count is 'Rubrics of theirs that are used.';
+comment on column pgharness.run_rubric_authors.criterion_count is 'Criteria in these.';

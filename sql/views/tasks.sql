@@ -53,6 +53,21 @@ comment on column pgharness.run_metrics.step is 'Where in a series it stands.';
 comment on column pgharness.run_metrics.data is 'More about it, as JSON.';
 comment on column pgharness.run_metrics.task is 'The task that told it: 0 is the run''s function.';
 
+create or replace view pgharness.run_metric_totals with (security_invoker = true) as
+select m.run_id, r.name as run, m.name, count(*) as value_count, avg(m.value) as mean_value, min(m.value) as min_value, max(m.value) as max_value,
+       (array_agg(m.value order by m.id desc))[1] as last_value
+  from pgharness.metrics as m
+  join pgharness.runs as r on r.id = m.run_id
+ where m.value not in ('NaN', 'Infinity', '-Infinity')
+ group by m.run_id, r.name, m.name;
+comment on view pgharness.run_metric_totals is
+'One row per run and metric that its code recorded: its finite values in short. Example: select name, mean_value from pgharness.run_metric_totals where run_id = 1;';
+comment on column pgharness.run_metric_totals.last_value is 'The value that was recorded last.';
+comment on column pgharness.run_metric_totals.value_count is 'How many there are.';
+comment on column pgharness.run_metric_totals.mean_value is 'Their mean.';
+comment on column pgharness.run_metric_totals.min_value is 'The lowest.';
+comment on column pgharness.run_metric_totals.max_value is 'The highest.';
+
 create or replace view pgharness.run_timings with (security_invoker = true) as
 select t.run_id, r.name as run, t.created_at, t.operation, t.duration_ms, t.task, t.id
   from pgharness.timings as t
