@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import uvloop
 from aiohttp import web
 
 Scene = Literal[
@@ -224,7 +225,7 @@ class StubProvider:
         if scene == "broken_body":
             return await _broken(request, body)
         header = {"anthropic": "request-id", "gemini": "x-goog-other"}.get(recorded.provider, "x-request-id")
-        return web.json_response(payload, headers={header: name})
+        return web.Response(text=body, content_type="application/json", headers={header: name})
 
     def _text(self, scene: Scene, recorded: Recorded) -> str:
         if scene == "answer_key":
@@ -593,7 +594,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="0 takes a free port")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
     arguments = parser.parse_args()
-    asyncio.run(_serve_forever(arguments.port, arguments.latency))
+    uvloop.run(_serve_forever(arguments.port, arguments.latency))
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def test_only_the_database_layer_holds_sql() -> None:
 
 def test_commands_start_without_what_few_of_them_need() -> None:
     """Every command imports the whole command line; what takes long to import waits until it is used."""
-    heavy = ("aiohttp", "httpx", "numpy", "procrastinate", "scipy", "uvloop")
+    heavy = ("aiohttp", "numpy", "procrastinate", "scipy", "uvloop")
     code = f"import pgharness.cli, sys; print([name for name in {heavy} if name in sys.modules])"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout == "[]\n"

@@ -299,7 +299,7 @@ def _hooks_main(options: WorkerOptions, parent_pid: int, pulse: c_double) -> Non
 def _log_to_stderr(options: WorkerOptions) -> None:
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
     if options.log_level > logging.DEBUG:
-        for noisy in ("procrastinate", "httpx", "psycopg.pool"):
+        for noisy in ("procrastinate", "psycopg.pool"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

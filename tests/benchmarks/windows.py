@@ -142,10 +142,10 @@ def _share(subject: str, level: int, seen: Sequence[Steady], goal: float | None)
 
 
 def http(bed: Bed, windows: Windows) -> Iterator[Line]:
-    """Compare calls over real HTTP with bare loops of the same transport, and of aiohttp, against the same stub."""
+    """Compare calls over real HTTP with bare loops of httpx and of aiohttp, against the same stub."""
     for level in HTTP_LEVELS:
         seen: list[Steady] = []
-        loops: dict[str, list[float]] = {"loop": [], "aiohttp": []}
+        loops: dict[str, list[float]] = {"httpx": [], "aiohttp": []}
         for _ in range(bed.repeats):
             seen.append(windows.look(level))
             for loop, rates in loops.items():
@@ -158,7 +158,7 @@ def http(bed: Bed, windows: Windows) -> Iterator[Line]:
         rate = statistics.median(steady.calls_per_second for steady in seen)
         remark = f"{rate / ideal:.0%} of the ideal, the loops {shares[0]:.0%} and {shares[1]:.0%}; {_at_work(seen)}"
         for loop, baseline, goal in (
-            ("loop", "bare loop of the same transport", 0.9),
+            ("httpx", "bare loop of httpx over aiohttp", 0.9),
             ("aiohttp", "bare loop of aiohttp", 0.8),
         ):
             yield Line(
@@ -169,7 +169,7 @@ def http(bed: Bed, windows: Windows) -> Iterator[Line]:
                 baseline,
                 loops[loop],
                 at_least=goal,
-                remark=remark if loop == "loop" else "",
+                remark=remark if loop == "httpx" else "",
                 details={"workers": seen, "ideal": ideal},
             )
 

@@ -247,7 +247,7 @@ def test_6_a_finished_run_says_how_it_was_made(lab: Any) -> None:
     assert (generator["input_usd_per_million"], generator["output_usd_per_million"]) == (3, 15)
     assert generator["provider"] == "simulator"
     (environment,) = environments
-    assert environment["packages"].keys() >= {"pgharness", "procrastinate", "psycopg", "httpx"}
+    assert environment["packages"].keys() >= {"pgharness", "procrastinate", "psycopg", "aiohttp"}
     assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     assert environment["git_commit"] == (commit or None) and environment["git_is_dirty"] in (True, False)

@@ -99,20 +99,23 @@ class Recorder:
             self._wake.wait()
             self._wake.clear()
             self._has_group.clear()
-            if len(self._queue) < _GROUP_ITEMS and not self._is_closing:
-                self._has_group.wait(_LINGER_SECONDS)
-            while self._queue:
-                batch: list[_Entry] = []
-                size = 0
-                while self._queue and len(batch) < _BATCH_ITEMS and size < _BATCH_BYTES:
-                    batch.append(self._queue.popleft())
-                    size += len(batch[-1].text)
-                try:
-                    self._write(batch)
-                except Exception as exc:  # whatever it is, those who wait are told, and the recorder lives on
-                    logger.exception("%s outcomes could not be written", len(batch))
-                    self._lose(batch, exc)
-                self._settled.update(entry.outcome["run_id"] for entry in batch)
+            if self._queue and len(self._queue) < _GROUP_ITEMS and not self._is_closing:
+                self._has_group.wait(self._queue[0].added_at + _LINGER_SECONDS - time.monotonic())
+            batch: list[_Entry] = []
+            size = 0
+            while self._queue and len(batch) < _BATCH_ITEMS and size < _BATCH_BYTES:
+                batch.append(self._queue.popleft())
+                size += len(batch[-1].text)
+            if not batch:
+                continue
+            try:
+                self._write(batch)
+            except Exception as exc:  # whatever it is, those who wait are told, and the recorder lives on
+                logger.exception("%s outcomes could not be written", len(batch))
+                self._lose(batch, exc)
+            self._settled.update(entry.outcome["run_id"] for entry in batch)
+            if self._queue:
+                self._wake.set()
         self._line.close()
 
     def _write(self, batch: list[_Entry]) -> None:
@@ -175,9 +178,10 @@ def _is_refusal(error: Exception) -> bool:
 class _Entry:
     """An outcome on its way to the database: as it is sent, and for whom."""
 
-    __slots__ = ("outcome", "text", "token")
+    __slots__ = ("added_at", "outcome", "text", "token")
 
     def __init__(self, outcome: Row, token: Any) -> None:
+        self.added_at = time.monotonic()
         self.outcome = outcome
         self.token = token
         try:

@@ -6,29 +6,30 @@ says truthfully what happened: a Completion, or the ModelError that fits.
 The key is read from the environment when a call is made and goes into a header. It is hidden in everything that comes
 back, and a ModelError leaves without the frames and causes that held it.
 
-A worker makes thousands of calls a second, so a call builds nothing that it shares with the model's other calls, and it
-goes to the transport itself: a client's redirects, cookies and hooks are not wanted, and cost more than the call.
+A worker makes thousands of calls a second, so a call builds nothing that it shares with the model's other calls.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
+import ssl
 import time
 import urllib.request
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote
 
 import aiohttp
-import httpx
+import certifi
 import orjson
-from httpx_aiohttp import AiohttpTransport
+from aiohttp.http_exceptions import ContentEncodingError
+from multidict import CIMultiDict
+from yarl import URL
 
 from pgharness.errors import (
     InvalidOutput,
@@ -57,34 +58,31 @@ _BAD_KEY_REST_SECONDS = 300.0
 # Far beyond any answer; a server that never stops must not take the worker's memory.
 LARGEST_REPLY = 32 * 1024 * 1024
 
-_EXTENSIONS = {"timeout": httpx.Timeout(None, connect=CONNECT_SECONDS).as_dict()}
 _HEADERS = {"accept": "*/*", "accept-encoding": "gzip, deflate", "user-agent": "pgharness"}
 
 
 class Transport:
     """The network of one process: one connection pool for all models, as many connections as calls.
 
-    httpx's own pool costs CPU in proportion to its connections for every call, so the requests travel over aiohttp.
-    Proxies are taken from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY. `transport` replaces the network in tests.
+    Proxies are taken from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, authorities from the system, certifi,
+    SSL_CERT_FILE and SSL_CERT_DIR.
     """
 
-    def __init__(
-        self, transport: httpx.AsyncBaseTransport | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._replacement = transport
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        if transport is None:
-            self._tls = httpx.create_ssl_context()
-            self._proxies = {
-                scheme: httpx.Proxy(address if "://" in address else f"http://{address}")
-                for scheme, address in urllib.request.getproxies().items()
-                if scheme in ("http", "https", "all")
-            }
-        self._ways: dict[httpx.Proxy | None, httpx.AsyncBaseTransport] = {}
+        self._tls = ssl.create_default_context()
+        if not {"SSL_CERT_FILE", "SSL_CERT_DIR"} & os.environ.keys():
+            self._tls.load_verify_locations(certifi.where())
+        self._proxies = {
+            scheme: URL(address if "://" in address else f"http://{address}")
+            for scheme, address in urllib.request.getproxies().items()
+            if scheme in ("http", "https", "all")
+        }
+        self._session: aiohttp.ClientSession | None = None
 
     def completer(self, spec: ModelSpec) -> Completer:
         """Return what asks a model; to be kept, for it holds what the model's calls have in common."""
-        return _Endpoint(spec, self._way_to, self._clock).ask
+        return _Endpoint(spec, self, self._clock).ask
 
     async def send(self, spec: ModelSpec, request: Request) -> Completion:
         """Ask a model once and return its answer, within the model's timeout; raise ModelError."""
@@ -92,47 +90,65 @@ class Transport:
 
     def account(self, spec: ModelSpec) -> Account:
         """Return what else a model's vendor does for the holder of its key, beside answering."""
-        return Account(spec, self._way_to)
+        return Account(spec, self)
 
     async def aclose(self) -> None:
         """Close every connection."""
-        for way in (self._replacement, *self._ways.values()):
-            if way is not None:
-                await way.aclose()
+        if self._session is not None:
+            await self._session.close()
 
-    def _way_to(self, url: httpx.URL) -> httpx.AsyncBaseTransport:
-        """Return what carries requests to a URL: straight there, or through a proxy."""
-        if self._replacement is not None:
-            return self._replacement
+    def way_to(self, address: str, name: str) -> Way:
+        """Return how a URL of a model of this name is reached. Raises RequestRejected for one that cannot be."""
+        try:
+            url = URL(address)
+            host = url.host or ""
+            host.encode("idna")  # as looking it up will
+        except ValueError as exc:
+            raise RequestRejected(f"{name}: its base_url cannot be used: {exc}") from None
         proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
-        if any(map(urllib.request.proxy_bypass, (url.host, url.netloc.decode()))):
-            proxy = None
-        if proxy is not None and proxy.url.scheme not in ("http", "https"):
+        if proxy is None or any(map(urllib.request.proxy_bypass, (host, url.authority))):
+            return Way(url, {}, {})
+        if proxy.scheme not in ("http", "https"):
             hint = "Set HTTP_PROXY and HTTPS_PROXY to an HTTP proxy, or NO_PROXY to the hosts that need none"
-            raise RequestRejected(f"{url.host}: a {proxy.url.scheme} proxy cannot be used", hint=hint)
-        if proxy not in self._ways:
-            self._ways[proxy] = AiohttpTransport(verify=self._tls, proxy=proxy, client=self._session)
-        return self._ways[proxy]
+            raise RequestRejected(f"{host}: a {proxy.scheme} proxy cannot be used", hint=hint)
+        options: dict[str, Any] = {"proxy": proxy.with_user(None)}  # errors show it
+        if proxy.user is None:
+            return Way(url, {}, options)
+        password = {"proxy-authorization": aiohttp.encode_basic_auth(proxy.user, proxy.password or "")}
+        if url.scheme == "http":
+            return Way(url, password, options)
+        return Way(url, {}, options | {"proxy_headers": password})  # the server itself must not read it
 
-    def _session(self) -> aiohttp.ClientSession:
-        # 0 is no limit: the worker's concurrency is the limit. A cookie would tie a model's calls to one another.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=self._tls)
-        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+    def request(
+        self, method: str, way: Way, *, headers: Mapping[str, str], data: Any, timeout: aiohttp.ClientTimeout
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """Send a request, once, and open its response."""
+        if self._session is None:
+            # 0 is no limit: the worker's concurrency is the limit. A cookie would tie a model's calls to one another.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=self._tls)
+            self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+        return self._session.request(
+            method, way.url, headers=headers, data=data, timeout=timeout, allow_redirects=False, **way.options
+        )
+
+
+class Way(NamedTuple):
+    """A URL and what it takes to reach it through a proxy, if there is one: headers, and options of aiohttp."""
+
+    url: URL
+    headers: dict[str, str]
+    options: dict[str, Any]
 
 
 class _Endpoint:
     """A model behind an API, with what its calls have in common."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        way_to: Callable[[httpx.URL], httpx.AsyncBaseTransport],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, spec: ModelSpec, transport: Transport, clock: Callable[[], float]) -> None:
         self._spec = spec
-        self._way_to = way_to
-        self._way: tuple[httpx.URL, httpx.AsyncBaseTransport] | None = None
-        self._headers: dict[_Key, httpx.Headers] = {}  # of the present keys
+        self._transport = transport
+        self._timeout = aiohttp.ClientTimeout(total=spec.timeout_seconds, sock_connect=CONNECT_SECONDS)
+        self._way: Way | None = None
+        self._headers: dict[_Key, CIMultiDict[str]] = {}  # of the present keys
         self._keys = _KeyRing(key_names(spec, wire_format(spec)), clock)
 
     async def ask(self, request: Request) -> Completion:
@@ -160,9 +176,7 @@ class _Endpoint:
     async def _ask_with(self, key: _Key, wire: WireFormat, call: Call, request: Request) -> Completion:
         spec = self._spec
         try:
-            async with asyncio.timeout(spec.timeout_seconds):
-                reply = await self._post(wire, call, key)
-            return key.hidden_in_completion(wire.decode(spec, request, reply))
+            return key.hidden_in_completion(wire.decode(spec, request, await self._post(wire, call, key)))
         except TimeoutError:
             failure: ModelError = TimedOut(f"{spec.name}: no answer within {spec.timeout_seconds:g} s")
         except ModelError as error:
@@ -170,39 +184,34 @@ class _Endpoint:
         raise failure  # outside the handlers, so that it carries no context
 
     async def _post(self, wire: WireFormat, call: Call, key: _Key) -> Reply:
-        name = self._spec.name
+        if self._way is None:
+            self._way = self._transport.way_to(call.url, self._spec.name)
+        if key not in self._headers:
+            if len(self._headers) >= max(len(self._keys), 1):
+                self._headers.clear()  # the environment has others now
+            fields = {**_HEADERS, **self._way.headers, **call.headers, **key.header(wire)}
+            self._headers[key] = CIMultiDict({**fields, "content-type": "application/json"})
+        body = aiohttp.BytesPayload(_dumped(call.body))
         try:
-            if self._way is None:
-                url = httpx.URL(call.url)
-                self._way = url, self._way_to(url)
-            url, way = self._way
-            if key not in self._headers:
-                if len(self._headers) >= max(len(self._keys), 1):
-                    self._headers.clear()  # the environment has others now
-                headers = {**_HEADERS, **call.headers, "content-type": "application/json", **key.header(wire)}
-                self._headers[key] = httpx.Headers(headers)
-            body = httpx.ByteStream(_dumped(call.body))
-            request = httpx.Request("POST", url, headers=self._headers[key], stream=body, extensions=_EXTENSIONS)
-            request.read()  # or it would be sent in chunks
-            response = await way.handle_async_request(request)
-            try:
+            async with self._transport.request(
+                "POST", self._way, headers=self._headers[key], data=body, timeout=self._timeout
+            ) as response:
                 return await _read(response, key)
-            finally:
-                await response.aclose()
-        except _TROUBLE as exc:
-            raise _trouble(name, call.url, exc) from exc
+        except aiohttp.ClientError as exc:
+            raise _trouble(self._spec.name, self._way.url, exc) from exc
 
 
 class Account:
     """What a model's vendor does for the holder of a key at the address of the model: files and batches.
 
-    Each request is sent once, and with the key, so to no URL that a server named. Raises ModelError as calls do.
+    Every request carries the key, so it goes to no URL that a server named. A POST is sent once; others, which may be
+    repeated, are sent again when their connection breaks. Raises ModelError as calls do.
     """
 
-    def __init__(self, spec: ModelSpec, way_to: Callable[[httpx.URL], httpx.AsyncBaseTransport]) -> None:
+    def __init__(self, spec: ModelSpec, transport: Transport) -> None:
         self.spec = spec
         self.wire = wire_format(spec)
-        self._way_to = way_to
+        self._transport = transport
 
     async def send(
         self,
@@ -216,8 +225,9 @@ class Account:
         """Send a request and return the reply, whatever its status, within so many seconds."""
         key = _Key.of(self.spec, self.wire)
         failure: ModelError
+        timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS)
         try:
-            async with asyncio.timeout(seconds), self._opened(method, url, key, headers, body) as response:
+            async with self._opened(method, url, key, headers, body, timeout) as response:
                 return await _read(response, key)
         except TimeoutError:
             failure = TimedOut(f"{self.spec.name}: no answer to {method} {url} within {seconds:g} s")
@@ -234,9 +244,10 @@ class Account:
         The lines raise Unavailable when the connection breaks.
         """
         key = _Key.of(self.spec, self.wire)
-        async with self._opened("GET", url, key, headers, b"") as response:
-            if response.status_code == 200:
-                yield self._split(response, key, seconds)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=seconds)
+        async with self._opened("GET", url, key, headers, b"", timeout) as response:
+            if response.status == 200:
+                yield self._split(response, key)
             else:
                 yield await _read(response, key)
 
@@ -251,49 +262,43 @@ class Account:
 
     @asynccontextmanager
     async def _opened(
-        self, method: str, url: str, key: _Key, headers: Mapping[str, str], body: bytes | Upload
-    ) -> AsyncIterator[httpx.Response]:
+        self,
+        method: str,
+        url: str,
+        key: _Key,
+        headers: Mapping[str, str],
+        body: bytes | Upload,
+        timeout: aiohttp.ClientTimeout,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        way = self._transport.way_to(url, self.spec.name)
+        fields = {**_HEADERS, **way.headers, **headers, **key.header(self.wire)}
+        if isinstance(body, Upload):
+            fields["content-length"] = str(body.size)  # or it would be sent in chunks
         try:
-            address = httpx.URL(url)
-            way = self._way_to(address)
-            fields = {**_HEADERS, **headers, **key.header(self.wire)}
-            if body:
-                fields["content-length"] = str(len(body) if isinstance(body, bytes) else body.size)
-            stream: httpx.AsyncByteStream = httpx.ByteStream(body) if isinstance(body, bytes) else body
-            request = httpx.Request(method, address, headers=fields, stream=stream, extensions=_EXTENSIONS)
-            if isinstance(body, bytes):
-                request.read()  # or it would be sent in chunks
-            response = await way.handle_async_request(request)
-        except _TROUBLE as exc:
-            raise _trouble(self.spec.name, url, exc) from exc
-        try:
-            yield response
-        finally:
-            await response.aclose()
+            request = self._transport.request(method, way, headers=fields, data=body or None, timeout=timeout)
+            async with request as response:
+                yield response
+        except aiohttp.ClientError as exc:
+            raise _trouble(self.spec.name, way.url, exc) from exc
 
-    async def _split(self, response: httpx.Response, key: _Key, seconds: float) -> AsyncIterator[bytes]:
+    async def _split(self, response: aiohttp.ClientResponse, key: _Key) -> AsyncIterator[bytes]:
         rest = bytearray()
-        chunks = response.aiter_bytes()
         name = self.spec.name
-        while True:
-            try:
-                async with asyncio.timeout(seconds):
-                    chunk = await anext(chunks)
-            except StopAsyncIteration:
-                break
-            except (*_TROUBLE, TimeoutError) as exc:
-                raise Unavailable(f"{name}: the connection broke in the middle of the results: {exc}") from None
-            *lines, last = (rest + chunk).split(b"\n") if b"\n" in chunk else [rest + chunk]
-            rest = last
-            if len(rest) > LARGEST_REPLY:
-                raise InvalidOutput(f"{name}: a line of the results never ends")
-            for line in lines:
-                yield key.hidden_in(bytes(line))
+        try:
+            async for chunk in response.content.iter_any():
+                *lines, last = (rest + chunk).split(b"\n") if b"\n" in chunk else [rest + chunk]
+                rest = last
+                if len(rest) > LARGEST_REPLY:
+                    raise InvalidOutput(f"{name}: a line of the results never ends")
+                for line in lines:
+                    yield key.hidden_in(bytes(line))
+        except aiohttp.ClientError as exc:
+            raise Unavailable(f"{name}: the connection broke in the middle of the results: {exc}") from None
         if rest:
             yield key.hidden_in(bytes(rest))
 
 
-class Upload(httpx.AsyncByteStream):
+class Upload:
     """A body of a known size that is read from a file while it is sent, between a head and a tail."""
 
     def __init__(self, file: BinaryIO, *, head: bytes = b"", tail: bytes = b"") -> None:
@@ -311,24 +316,22 @@ class Upload(httpx.AsyncByteStream):
 
 
 _CHUNK = 256 * 1024
-_TROUBLE = (httpx.TransportError, httpx.DecodingError, httpx.InvalidURL, aiohttp.ClientError)
 
 
-def _trouble(name: str, url: str, exc: Exception) -> ModelError:
+def _trouble(name: str, url: URL, exc: aiohttp.ClientError) -> ModelError:
     """Return what it means for a model's call that the network failed so."""
-    if isinstance(exc, httpx.UnsupportedProtocol | httpx.InvalidURL):
-        return RequestRejected(f"{name}: its base_url cannot be used: {exc}")
-    host = httpx.URL(url).netloc.decode()
-    if isinstance(exc, httpx.ReadTimeout | httpx.WriteTimeout | httpx.PoolTimeout):
-        return TimedOut(f"{name}: no answer from {host} in time: {exc}")
-    if isinstance(exc, httpx.TransportError):  # aiohttp's transport calls most of these ConnectTimeout: no use to look
-        if isinstance(exc.__cause__, aiohttp.ClientConnectorCertificateError):
+    match exc:
+        case aiohttp.InvalidURL():
+            return RequestRejected(f"{name}: its base_url cannot be used: {exc}")
+        case aiohttp.ClientConnectorCertificateError():
             hint = "Set SSL_CERT_FILE to the authority that signed it, in the environment of the workers"
-            return RequestRejected(f"{name}: certificate of {host}: {exc}", hint=hint)
-        return Unavailable(f"{name}: no connection to {host}: {exc}")
-    if isinstance(exc, httpx.DecodingError):
-        return InvalidOutput(f"{name}: the reply cannot be decompressed: {exc}")
-    return ServerFailed(f"{name}: {host} does not speak HTTP: {exc}")
+            return RequestRejected(f"{name}: certificate of {url.authority}: {exc}", hint=hint)
+        case aiohttp.ClientConnectionError() | aiohttp.ClientHttpProxyError():
+            return Unavailable(f"{name}: no connection to {url.authority}: {exc}")
+        case aiohttp.ClientPayloadError():
+            return InvalidOutput(f"{name}: the reply cannot be decompressed: {exc}")
+        case _:
+            return ServerFailed(f"{name}: {url.authority} does not speak HTTP: {exc}")
 
 
 def _dumped(body: Mapping[str, Any]) -> bytes:
@@ -338,25 +341,24 @@ def _dumped(body: Mapping[str, Any]) -> bytes:
         return json.dumps(body, allow_nan=False).encode()
 
 
-async def _read(response: httpx.Response, key: _Key) -> Reply:
+async def _read(response: aiohttp.ClientResponse, key: _Key) -> Reply:
     """Return a response with what of its body arrived."""
-    headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers.raw}
+    headers: Mapping[str, str] = response.headers  # which find a name in any case
     if key.is_in("\n".join(headers.values())):
-        headers = {name: key.hidden_in(value) for name, value in headers.items()}
-    # the response's own iterators decompress, and cost several times what is below them
-    stream = response.aiter_bytes() if "content-encoding" in headers else response.stream
-    assert isinstance(stream, AsyncIterable)
+        headers = {name.lower(): key.hidden_in(value) for name, value in headers.items()}
     body = bytearray()
     is_whole = True
     try:
-        async for chunk in stream:
+        async for chunk in response.content.iter_any():
             body += chunk
             if len(body) > LARGEST_REPLY:
                 is_whole = False
                 break
-    except httpx.TransportError:
+    except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as exc:
+        if isinstance(exc.__cause__, ContentEncodingError):
+            raise
         is_whole = False
-    return Reply(response.status_code, headers, key.hidden_in(bytes(body)), is_whole)
+    return Reply(response.status, headers, key.hidden_in(bytes(body)), is_whole)
 
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # neither Postgres nor UTF-8 has these

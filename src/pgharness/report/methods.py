@@ -11,7 +11,7 @@ from pgharness.database import Row
 from pgharness.report.model import Block, Column, Paragraph, Points, Section, Verbatim, counted, shown, table_of
 from pgharness.report.reading import RunData, run_column
 
-_PACKAGES = ("pgharness", "numpy", "scipy", "psycopg", "procrastinate", "httpx", "aiohttp", "pydantic", "jinja2")
+_PACKAGES = ("pgharness", "numpy", "scipy", "psycopg", "procrastinate", "aiohttp", "pydantic", "jinja2")
 
 
 def methods(data: Sequence[RunData], statistics_used: Sequence[str]) -> Section | None:

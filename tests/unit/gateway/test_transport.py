@@ -16,13 +16,11 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 import stub_provider
@@ -336,6 +334,14 @@ async def test_a_server_that_is_not_there_is_unavailable(transport: Transport, s
     assert type(error) is Unavailable and "nowhere.invalid" in str(error)
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 70 + ".com", "xn--", "1.2.3.4.5", "\udc80.com"])
+async def test_a_host_that_can_have_no_address_is_a_rejection(
+    transport: Transport, stub: StubProvider, host: str
+) -> None:
+    error = await failure(transport, model(stub, "openai", base_url=f"http://{host}/v1"))
+    assert type(error) is RequestRejected and "test/openai: its base_url cannot be used" in str(error)
+
+
 async def test_a_server_that_does_not_speak_http_fails(transport: Transport, stub: StubProvider) -> None:
     async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 mail.example.com ESMTP\r\n\r\n")
@@ -431,9 +437,27 @@ async def test_a_proxy_of_the_environment_is_used(stub: StubProvider, monkeypatc
 async def test_a_proxy_is_told_its_own_password(stub: StubProvider, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", stub.url.replace("://", "://user:pass@"))
     async with contextlib.aclosing(Transport()) as transport:
-        with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):
-            await transport.send(model(stub, "openai", base_url="http://far.invalid/openai/v1"), ASK_NOTE)
+        await transport.send(model(stub, "openai", base_url="http://far.invalid/openai/v1"), ASK_NOTE)
     assert stub.requests[0].headers["proxy-authorization"] == "Basic dXNlcjpwYXNz"
+
+
+async def test_a_proxy_for_tls_alone_is_told_its_password(stub: StubProvider, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads: list[bytes] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 407 Who are you\r\ncontent-length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        monkeypatch.setenv("HTTPS_PROXY", f"http://user:passphrase@127.0.0.1:{port}")
+        async with contextlib.aclosing(Transport()) as transport:
+            error = await failure(transport, model(stub, "openai", base_url="https://far.invalid/v1"))
+    assert heads[0].startswith(b"CONNECT far.invalid:443") and b"Basic dXNlcjpwYXNzcGhyYXNl" in heads[0]
+    assert KEY.encode() not in heads[0]
+    assert type(error) is Unavailable and "passphrase" not in told(error)
 
 
 async def test_a_proxy_that_cannot_be_used_is_named(stub: StubProvider, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,15 +523,6 @@ async def test_calls_of_one_model_at_once_do_not_mix(stub: StubProvider, transpo
     texts = [f"text {number}" for number in range(50)]
     completions = await asyncio.gather(*(ask(Request(messages=(Message("user", text),))) for text in texts))
     assert [completion.text for completion in completions] == texts
-
-
-async def test_a_replaced_transport_is_the_one_that_is_used(stub: StubProvider) -> None:
-    def refuse(request: httpx.Request) -> httpx.Response:
-        raise httpx.ReadTimeout("too late", request=request)
-
-    async with contextlib.aclosing(Transport(httpx.MockTransport(refuse))) as transport:
-        assert isinstance(await failure(transport, model(stub, "openai")), TimedOut)
-    assert stub.requests == []
 
 
 async def test_an_endless_reply_is_given_up(
