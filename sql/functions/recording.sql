@@ -15,6 +15,11 @@ declare
     v_queued     bigint[];
     v_grades     bigint[];
     v_failed     failures[];
+    v_cancelled  boolean;
+    v_failing    boolean;
+    v_late       boolean;
+    v_answers    boolean;
+    v_answered   boolean := false;
     v_hits       bytea[] := '{}';
     v_runs       bigint[] := '{}';
     v_before     numeric[] := '{}';
@@ -28,18 +33,23 @@ begin
         v_runs := v_runs || v_run.id;
         v_before := v_before || _cost_usd(v_run);
         v_hits := v_hits || _record_calls(record_outcomes.worker_id, v_run.id, v_mine);
-        -- a call that was aborted killed nobody
-        update failures as f set crashes = f.crashes - 1
-          from unnest(v_mine) as o where o.result = 'cancelled' and f.run_id = o.run_id and f.kind = o.kind and f.ordinal = o.ordinal and f.crashes > 0;
+        -- a group is small, so that each statement costs as much to begin as to do: those that are seldom needed are left out
+        select bool_or(o.result = 'cancelled'), bool_or(o.result = 'failed'), bool_or(o.result = 'succeeded' and o.epoch < v_run.epoch), bool_or(o.calls @? '$[*].response')
+          into v_cancelled, v_failing, v_late, v_answers from unnest(v_mine) as o;
+        v_answered := v_answered or coalesce(v_answers, false);
+        if v_cancelled then                             -- a call that was aborted killed nobody
+            update failures as f set crashes = f.crashes - 1
+              from unnest(v_mine) as o where o.result = 'cancelled' and f.run_id = o.run_id and f.kind = o.kind and f.ordinal = o.ordinal and f.crashes > 0;
+        end if;
         if v_run.finished_at is null then
             v_notes := _record_notes(v_run, v_definition, v_mine);
             v_grades := _record_grades(v_definition, v_mine);
-            v_failed := _record_failures(v_definition, v_mine);
-            delete from failures as f where f.run_id = v_run.id and f.kind = 'note' and f.ordinal = any (v_notes);
-            delete from failures as f where f.run_id = v_run.id and f.kind = 'grade' and f.ordinal = any (v_grades);
+            v_failed := case when v_failing then _record_failures(v_definition, v_mine) else '{}' end;
+            delete from failures as f using (select 'note' as kind, unnest(v_notes) as ordinal union all select 'grade', unnest(v_grades)) as made
+             where f.run_id = v_run.id and f.kind = made.kind and f.ordinal = made.ordinal;
             if not v_keeps or v_run.batch_deadline_seconds is not null then
                 v_queued := v_notes;
-            elsif exists (select from unnest(v_mine) as o where o.epoch < v_run.epoch and o.result = 'succeeded') then
+            elsif v_late then
                 -- made for a slice that nobody waits for any more: whoever is handed the note's new slice finds it done, and its grades not his
                 v_queued := array(select n from unnest(v_notes) as n join unnest(v_mine) as o on o.kind = 'note' and o.ordinal = n and o.result = 'succeeded' and o.epoch < v_run.epoch);
             end if;
@@ -50,8 +60,10 @@ begin
     end loop;
     -- after the runs, in the order of their keys, lest two groups wait for each other
     perform _spend(v_runs, v_before);
-    perform _keep_responses((select jsonb_agg(c || jsonb_build_object('run_id', o.run_id)) from unnest(v_outcomes) as o cross join lateral jsonb_array_elements(o.calls) as c
-                              where c ? 'response'));
+    if v_answered then
+        perform _keep_responses((select jsonb_agg(c || jsonb_build_object('run_id', o.run_id)) from unnest(v_outcomes) as o cross join lateral jsonb_array_elements(o.calls) as c
+                                  where c ? 'response'));
+    end if;
     perform _count_hits(v_hits);
 end;
 $$;
@@ -132,9 +144,6 @@ declare
     v_attempts integer := (definition).definition ->> 'max_attempts';
     v_delay    double precision := (definition).definition ->> 'retry_delay_seconds';
 begin
-    if not exists (select from unnest(outcomes) as o where o.result = 'failed') then
-        return v_failures;
-    end if;
     for v_outcome in
         select o.* from unnest(outcomes) as o
          where o.result = 'failed' and o.ordinal in (select _missing(o.run_id, o.kind, array[o.ordinal]))
@@ -220,18 +229,21 @@ create or replace function pgharness._advance_run(
 as $$
 declare
     v_run     runs;
-    v_skipped bigint;
+    v_notes   bigint := 0;
+    v_grades  bigint := 0;
+    v_skipped bigint := 0;
     v_waiting record;
 begin
-    select coalesce(sum(c.grades_per_note), 0) into v_skipped
-      from unnest(failed) as f
-      join run_combinations as c on c.run_id = f.run_id and c.number = f.ordinal % (definition).combination_count
-     where f.kind = 'note' and f.status = 'failed';
+    if cardinality(failed) > 0 then
+        select count(*) filter (where f.kind = 'note'), count(*) filter (where f.kind = 'grade'), coalesce(sum(c.grades_per_note) filter (where f.kind = 'note'), 0)
+          into v_notes, v_grades, v_skipped
+          from unnest(failed) as f
+          left join run_combinations as c on f.kind = 'note' and c.run_id = f.run_id and c.number = f.ordinal % (definition).combination_count
+         where f.status = 'failed';
+    end if;
     update runs as r
        set notes_succeeded = r.notes_succeeded + cardinality(_advance_run.notes), grades_succeeded = r.grades_succeeded + cardinality(_advance_run.grades),
-           notes_failed = r.notes_failed + count.notes, grades_failed = r.grades_failed + count.grades, grades_skipped = r.grades_skipped + v_skipped
-      from (select count(*) filter (where f.kind = 'note') as notes, count(*) filter (where f.kind = 'grade') as grades
-              from unnest(failed) as f where f.status = 'failed') as count
+           notes_failed = r.notes_failed + v_notes, grades_failed = r.grades_failed + v_grades, grades_skipped = r.grades_skipped + v_skipped
      where r.id = _advance_run.run_id returning r.* into v_run;
     if v_run.status = 'running' then                    -- a paused run queues these when it resumes
         if cardinality(_advance_run.queued) > 0 then
@@ -242,12 +254,14 @@ begin
                  cross join lateral generate_series(0, c.grades_per_note - 1) as k
                  order by 1), _slice_size(v_run.grade_count, _item_seconds(v_run.id, 'grade')));
         end if;
-        for v_waiting in
-            select f.kind, array_agg(f.ordinal order by f.ordinal) as ordinals, max(f.next_attempt_at) as at
-              from unnest(failed) as f where f.status = 'waiting' group by f.kind, date_trunc('second', f.next_attempt_at)
-        loop
-            perform _defer_list(v_run.id, v_waiting.kind, v_waiting.ordinals, 100, v_waiting.at);
-        end loop;
+        if cardinality(failed) > 0 then
+            for v_waiting in
+                select f.kind, array_agg(f.ordinal order by f.ordinal) as ordinals, max(f.next_attempt_at) as at
+                  from unnest(failed) as f where f.status = 'waiting' group by f.kind, date_trunc('second', f.next_attempt_at)
+            loop
+                perform _defer_list(v_run.id, v_waiting.kind, v_waiting.ordinals, 100, v_waiting.at);
+            end loop;
+        end if;
     end if;
     perform _settle_run(v_run.id);
 end;
