@@ -160,7 +160,7 @@ def json_rows(connection: Connection[Any], schema: str, table: str, columns: Ite
 
 
 def adopt_rows(connection: Connection[Any], table: str, names: Iterable[str], rows: str) -> int:
-    """Insert a JSON array of rows as they are into some columns of a table, without references or triggers that change it.
+    """Insert a JSON array of rows as they are into some columns of a table, unchecked and unchanged by triggers.
 
     For a private database that is made from files: the role has to be its superuser. Rows whose key is there already
     are left out. Returns how many were inserted.
