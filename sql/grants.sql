@@ -29,8 +29,8 @@ begin
         pgharness._grade_place(pgharness.run_combinations, integer), pgharness._target_criteria(), pgharness._run_progress(pgharness.runs), pgharness._cell_count(bigint), pgharness._cost_usd(pgharness.runs), pgharness._priced(pgharness.models, timestamptz),
         pgharness._token_cost(pgharness.models, double precision, double precision, double precision),
         pgharness._text_cost(pgharness.models, double precision, double precision), pgharness.costs_per_correct(bigint, double precision), pgharness._scores(bigint),
-        pgharness._note_scores(bigint), pgharness._author_pairs(bigint), pgharness._replication_spread(bigint), pgharness._call_sums(bigint),
-        pgharness._call_totals(bigint), pgharness._call_latencies(bigint), pgharness._call_savings(bigint), pgharness._open_blocks(bigint, text),
+        pgharness._note_scores(bigint), pgharness._author_pairs(bigint), pgharness._replication_spread(bigint),
+        pgharness._call_latencies(bigint), pgharness._open_blocks(bigint, text),
         pgharness.recent_latencies(bigint[], bigint[]), pgharness._hedging_latencies(bigint, bigint, text, bigint),
         pgharness.score_plan(bigint), pgharness._check_id(text, bigint, text), pgharness.analysis_digest(bigint[]), pgharness._student_t(bigint),
         pgharness._case_scores(bigint), pgharness.paired_run_differences(text, text), pgharness._run_id(text), pgharness._refuse_unknown(text, text, text[], text) to pgharness_reader, pgharness_worker;

@@ -177,6 +177,19 @@ select format('nothing is queued for %s %s of run %s', missing.kind, missing.ord
  where not exists (select from job as j where j.run_id = missing.run_id and j.kind = missing.kind and j.epoch = missing.epoch
                                           and missing.ordinal = any (j.ordinals))
 """
+_MISCOUNTED = """
+select format('run %s has in call_totals %s, its calls say %s', coalesce(t.run_id, c.run_id), t, c)
+  from pgharness.call_totals as t
+  full join (select k.run_id, k.model_id, k.kind, k.outcome,
+                    case k.kind when 'note' then k.ordinal % d.combination_count when 'grade' then k.ordinal / d.grade_stride % d.combination_count
+                                else -1 end::integer as combination_number,
+                    count(*) as call_count, sum(k.input_tokens) as input_tokens, sum(k.output_tokens) as output_tokens, sum(k.cached_tokens) as cached_tokens,
+                    sum(k.cost_usd) as cost_usd, sum(k.saved_usd) as saved_usd, max(k.started_at) as last_used_at
+               from pgharness.calls as k join pgharness.run_definitions as d on d.run_id = k.run_id
+              group by 1, 2, 3, 4, 5) as c
+    on (c.run_id, c.model_id, c.kind, c.outcome, c.combination_number) = (t.run_id, t.model_id, t.kind, t.outcome, t.combination_number)
+ where to_jsonb(t) is distinct from to_jsonb(c)
+"""
 _TABLES = """
 select format('%I.%I', c.relnamespace::regnamespace::text, c.relname)
   from pg_class as c where c.relnamespace::regnamespace::text in ('pgharness', 'procrastinate') and c.relkind = 'r' order by 1
@@ -187,10 +200,15 @@ def orphans(db: Database) -> list[str]:
     """Return what is inconsistent in a whole database, in words."""
     with db.transaction():
         db.execute("set local jit = off")  # compiling the query takes seconds, running it milliseconds
-        found = db.execute(_ORPHANS).fetchall()
+        found = db.execute(_ORPHANS).fetchall() + db.execute(_MISCOUNTED).fetchall()
         if value(db, "select to_regclass('procrastinate.procrastinate_jobs') is not null"):
             found += db.execute(_ORPHANED_JOBS).fetchall()
     return [text for (text,) in found]
+
+
+def miscounted(db: Database) -> list[str]:
+    """Return the rows of call_totals that are not what calls say, in words: a part of `orphans`, for any kind of run."""
+    return [text for (text,) in db.execute(_MISCOUNTED).fetchall()]
 
 
 def contents(db: Database) -> dict[str, str]:

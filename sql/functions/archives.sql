@@ -176,6 +176,7 @@ begin
     for v_member in select m.member from _archive_members() as m where m.is_detached order by m.place desc loop
         execute format('delete from %I as t where t.run_id = $1', v_member.member) using v_run.id;
     end loop;
+    delete from call_totals as t where t.run_id = v_run.id;      -- restore_rows() counts its calls anew
     update runs as r set archived_at = v_archive.archived_at where r.id = v_run.id;
     insert into logs (run_id, message, data)
     values (v_run.id, 'archived', jsonb_build_object('by', session_user, 'file', v_archive.file_name, 'digest', v_archive.digest));
@@ -197,9 +198,9 @@ create or replace function pgharness._archive_costs(run_id bigint) returns jsonb
     language sql stable security invoker set search_path = pgharness, pg_temp
 as $$
     select coalesce(jsonb_agg(to_jsonb(s) order by s.model_id, s.kind), '[]')
-      from (select c.model_id, m.name as model, c.kind, count(*) as call_count, sum(c.input_tokens) as input_tokens, sum(c.output_tokens) as output_tokens,
-                   sum(c.cached_tokens) as cached_tokens, sum(c.cost_usd) as cost_usd, max(c.started_at) as last_used_at
-              from calls as c left join models as m on m.id = c.model_id
+      from (select c.model_id, m.name as model, c.kind, sum(c.call_count) as call_count, sum(c.input_tokens) as input_tokens, sum(c.output_tokens) as output_tokens,
+                   sum(c.cached_tokens) as cached_tokens, sum(c.cost_usd) as cost_usd, max(c.last_used_at) as last_used_at
+              from call_totals as c left join models as m on m.id = c.model_id
              where c.run_id = _archive_costs.run_id group by c.model_id, m.name, c.kind) as s;
 $$;
 comment on function pgharness._archive_costs(bigint) is 'Calls, tokens and cost of a run per model and kind of item, to keep when its calls go.';

@@ -304,10 +304,9 @@ create or replace function pgharness.costs_per_correct(run_id bigint, threshold 
     language plpgsql stable security invoker set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan set jit = off
 as $$
 declare
-    v_count  integer;
-    v_stride integer;
+    v_count integer;
 begin
-    select d.combination_count, d.grade_stride into v_count, v_stride from run_definitions as d where d.run_id = costs_per_correct.run_id and not d.definition ? 'code';
+    select d.combination_count into v_count from run_definitions as d where d.run_id = costs_per_correct.run_id and not d.definition ? 'code';
     return query
     select c.number, coalesce(written.notes, 0), coalesce(scored.notes, 0), coalesce(scored.correct, 0), scored.mean, coalesce(cost.note, 0), coalesce(cost.grade, 0)
       from run_combinations as c
@@ -315,9 +314,9 @@ begin
       left join (select note.ordinal % v_count as number, count(*) as notes, count(*) filter (where note.score >= threshold) as correct, avg(note.score) as mean
                    from (select g.note_ordinal as ordinal, avg(g.normalised_score) as score from grades as g where g.run_id = costs_per_correct.run_id group by 1) as note
                   group by 1) as scored on scored.number = c.number
-      left join (select case k.kind when 'note' then k.ordinal else k.ordinal / v_stride end % v_count as number,
+      left join (select k.combination_number as number,
                         sum(k.cost_usd) filter (where k.kind = 'note') as note, sum(k.cost_usd) filter (where k.kind = 'grade') as grade
-                   from calls as k where k.run_id = costs_per_correct.run_id and k.cost_usd > 0 group by 1) as cost on cost.number = c.number
+                   from call_totals as k where k.run_id = costs_per_correct.run_id and k.cost_usd > 0 group by 1) as cost on cost.number = c.number
      where c.run_id = costs_per_correct.run_id and v_count > 0;
 end;
 $$;

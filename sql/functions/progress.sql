@@ -171,32 +171,6 @@ $$;
 comment on function pgharness._replication_spread(bigint) is
 'How far several grades of one note by one rubric differ, summed per cell (see _cell_count) and rubric of a run: squares about each mean, and differences over all pairs.';
 
-create or replace function pgharness._call_sums(run_id bigint)
-    returns table (call_count bigint, input_tokens bigint, output_tokens bigint, cached_tokens bigint, wasted_cost_usd numeric)
-    language plpgsql stable security invoker set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan set jit = off
-as $$
-begin
-    return query
-    select count(*), coalesce(sum(c.input_tokens), 0), coalesce(sum(c.output_tokens), 0), coalesce(sum(c.cached_tokens), 0),
-           coalesce(sum(c.cost_usd) filter (where c.outcome <> 'succeeded'), 0)
-      from calls as c where c.run_id = _call_sums.run_id;
-end;
-$$;
-comment on function pgharness._call_sums(bigint) is 'The calls of a run, counted and summed: half the work of _call_totals().';
-
-create or replace function pgharness._call_totals(run_id bigint)
-    returns table (model_id bigint, kind text, outcome text, call_count bigint, input_tokens bigint, output_tokens bigint, cached_tokens bigint, cost_usd numeric)
-    language plpgsql stable security invoker set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan set jit = off
-as $$
-begin
-    return query
-    select c.model_id, c.kind, c.outcome, count(*), sum(c.input_tokens), sum(c.output_tokens), sum(c.cached_tokens), sum(c.cost_usd)
-      from calls as c where c.run_id = _call_totals.run_id
-     group by c.model_id, c.kind, c.outcome;
-end;
-$$;
-comment on function pgharness._call_totals(bigint) is 'The calls of a run, counted and summed by model, kind of item and outcome.';
-
 create or replace function pgharness._call_latencies(run_id bigint) returns table (model_id bigint, kind text, latency_ms double precision[])
     language plpgsql stable security invoker set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan set jit = off
 as $$

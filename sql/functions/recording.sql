@@ -222,6 +222,34 @@ $$;
 comment on function pgharness._record_calls(bigint, bigint, pgharness.outcome[]) is
 'Store every call of a run''s outcomes, whatever became of its item, and add its cost to the run; returns the entries of the response cache that answered them.';
 
+create or replace function pgharness._count_calls() returns trigger
+    language plpgsql volatile security invoker set search_path = pgharness, pg_temp
+as $$
+begin
+    -- in the order of the key, lest two groups wait for each other
+    insert into call_totals as t (run_id, model_id, kind, outcome, combination_number, call_count, input_tokens, output_tokens, cached_tokens, cost_usd, saved_usd,
+                                  last_used_at)
+    select c.run_id, c.model_id, c.kind, c.outcome, place.combination_number, count(*), sum(c.input_tokens), sum(c.output_tokens), sum(c.cached_tokens), sum(c.cost_usd),
+           sum(c.saved_usd), max(c.started_at)
+      from added as c
+      left join lateral (select d.grade_stride, d.combination_count from run_definitions as d where d.run_id = c.run_id offset 0) as plan on true
+     cross join lateral (
+           select coalesce(case c.kind when 'note' then c.ordinal when 'grade' then c.ordinal / nullif(plan.grade_stride, 0) end
+                           % nullif(plan.combination_count, 0), -1)::integer as combination_number) as place
+     group by c.run_id, c.model_id, c.kind, c.outcome, place.combination_number
+     order by c.run_id, c.model_id, c.kind, c.outcome, place.combination_number
+    on conflict on constraint call_totals_pkey do update
+       set call_count = t.call_count + excluded.call_count, input_tokens = t.input_tokens + excluded.input_tokens,
+           output_tokens = t.output_tokens + excluded.output_tokens, cached_tokens = t.cached_tokens + excluded.cached_tokens,
+           cost_usd = t.cost_usd + excluded.cost_usd, saved_usd = t.saved_usd + excluded.saved_usd, last_used_at = greatest(t.last_used_at, excluded.last_used_at);
+    return null;
+end;
+$$;
+comment on function pgharness._count_calls() is
+'Count calls in call_totals as they are recorded. They are never changed; who deletes a run''s calls deletes its totals.';
+create or replace trigger _500_count after insert on pgharness.calls referencing new table as added
+    for each statement execute function pgharness._count_calls();
+
 create or replace function pgharness._advance_run(
     run_id bigint, definition pgharness.run_definitions, notes bigint[], queued bigint[], grades bigint[], failed pgharness.failures[]
 ) returns void

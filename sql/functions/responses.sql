@@ -142,14 +142,3 @@ end;
 $$;
 comment on function pgharness.purge_responses(interval, text) is
 'Delete answers from the response cache: those not used for so long, of one model or of all; returns how many. Runs that they came from keep their notes, and can no longer be replayed. Raises PH001, PH002 (neither is given, or a negative interval). Example: select pgharness.purge_responses(older_than => ''90 days'');';
-
-create or replace function pgharness._call_savings(run_id bigint) returns table (model_id bigint, calls_cached bigint, calls_made bigint, saved_usd numeric, cost_usd numeric)
-    language plpgsql stable security invoker set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan set jit = off
-as $$
-begin
-    return query
-    select c.model_id, count(*) filter (where c.outcome = 'cached'), count(*) filter (where c.outcome not in ('cached', 'not_cached')), sum(c.saved_usd), sum(c.cost_usd)
-      from calls as c where c.run_id = _call_savings.run_id group by c.model_id;
-end;
-$$;
-comment on function pgharness._call_savings(bigint) is 'What the response cache saved a run, by model; planned for the run that it is asked about.';

@@ -1,4 +1,4 @@
--- What runs and models cost, and how models behaved: read from calls.
+-- What runs and models cost, and how models behaved: read from calls, and from what was counted as they were recorded.
 
 create or replace view pgharness.model_performance with (security_invoker = true) as
 select r.id as run_id, r.name as run, m.name as model, t.kind, t.call_count, t.calls_succeeded, t.calls_rate_limited, t.calls_failed,
@@ -13,7 +13,7 @@ select r.id as run_id, r.name as run, m.name as model, t.kind, t.call_count, t.c
               coalesce(sum(c.call_count) filter (where c.outcome not in ('succeeded', 'cached', 'rate_limited', 'cancelled')), 0)::bigint as calls_failed,
               sum(c.input_tokens)::bigint as input_tokens, sum(c.output_tokens)::bigint as output_tokens, sum(c.cached_tokens)::bigint as cached_tokens,
               sum(c.cost_usd) as cost_usd, coalesce(sum(c.cost_usd) filter (where c.outcome <> 'succeeded'), 0) as wasted_cost_usd
-         from pgharness._call_totals(r.id) as c group by c.model_id, c.kind) as t
+         from pgharness.call_totals as c where c.run_id = r.id group by c.model_id, c.kind) as t
   join pgharness.models as m on m.id = t.model_id
   left join lateral pgharness._call_latencies(r.id) as l on l.model_id = t.model_id and l.kind = t.kind;
 comment on view pgharness.model_performance is
@@ -32,7 +32,11 @@ select r.id as run_id, r.name as run, r.instance, r.kind, r.status,
        round((r.note_cost_usd + r.grade_cost_usd) / nullif(r.notes_succeeded, 0), 8) as usd_per_note,
        c.wasted_cost_usd, r.created_at as started_at, r.task_cost_usd
   from pgharness.runs as r
- cross join lateral pgharness._call_sums(r.id) as c;
+ cross join lateral (
+       select coalesce(sum(t.call_count), 0)::bigint as call_count, coalesce(sum(t.input_tokens), 0)::bigint as input_tokens,
+              coalesce(sum(t.output_tokens), 0)::bigint as output_tokens, coalesce(sum(t.cached_tokens), 0)::bigint as cached_tokens,
+              coalesce(sum(t.cost_usd) filter (where t.outcome <> 'succeeded'), 0) as wasted_cost_usd
+         from pgharness.call_totals as t where t.run_id = r.id) as c;
 comment on view pgharness.cost_by_run is
 'One row per run: calls, tokens and cost. Example: select run, cost_usd, usd_per_note from pgharness.cost_by_run order by cost_usd desc;';
 comment on column pgharness.cost_by_run.call_count is 'Requests to models that ended, whatever their outcome.';
@@ -49,9 +53,9 @@ select m.id as model_id, m.name as model, m.provider, coalesce(c.run_count, 0) a
   left join (select each.model_id, count(*) as run_count, sum(each.call_count)::bigint as call_count, sum(each.input_tokens)::bigint as input_tokens,
                     sum(each.output_tokens)::bigint as output_tokens, sum(each.cached_tokens)::bigint as cached_tokens, sum(each.cost_usd) as cost_usd,
                     max(each.last_used_at) as last_used_at
-               from (select c.model_id, count(*) as call_count, sum(c.input_tokens) as input_tokens, sum(c.output_tokens) as output_tokens,
-                            sum(c.cached_tokens) as cached_tokens, sum(c.cost_usd) as cost_usd, max(c.started_at) as last_used_at
-                       from pgharness.calls as c group by c.model_id, c.run_id
+               from (select c.model_id, sum(c.call_count) as call_count, sum(c.input_tokens) as input_tokens, sum(c.output_tokens) as output_tokens,
+                            sum(c.cached_tokens) as cached_tokens, sum(c.cost_usd) as cost_usd, max(c.last_used_at) as last_used_at
+                       from pgharness.call_totals as c group by c.model_id, c.run_id
                      union all
                      select k.model_id, sum(k.call_count), sum(k.input_tokens), sum(k.output_tokens), sum(k.cached_tokens), sum(k.cost_usd), max(k.last_used_at)
                        from pgharness.runs as r
@@ -142,7 +146,7 @@ select r.id as run_id, r.name as run, r.created_at as started_at, m.name as mode
  cross join lateral (
        select c.model_id, c.kind, sum(c.input_tokens)::bigint as input_tokens, sum(c.output_tokens)::bigint as output_tokens, sum(c.cached_tokens)::bigint as cached_tokens,
               sum(c.cost_usd) as cost_usd
-         from pgharness._call_totals(r.id) as c where c.outcome <> 'cached' group by c.model_id, c.kind) as t
+         from pgharness.call_totals as c where c.run_id = r.id and c.outcome <> 'cached' group by c.model_id, c.kind) as t
   join pgharness.models as m on m.id = t.model_id;
 comment on view pgharness.repriced_runs is
 'One row per run, model and kind of item: what its calls have cost, by the prices of its start, and what they would cost at present ones (live, not in batches). Example: select run, sum(cost_usd), sum(present_cost_usd) from pgharness.repriced_runs group by run;';
@@ -184,14 +188,14 @@ comment on column pgharness.cost_per_correct.graded_usd_per_correct is 'cost_usd
 comment on column pgharness.cost_per_correct.combination_number is 'Its number in run_combinations.';
 
 create or replace view pgharness.cost_per_point with (security_invoker = true) as
-select each.run_id, each.run, each.combination, base.combination as baseline, round(each.mean_score, 4) as mean_score, round(each.usd_per_note, 8) as usd_per_note,
-       round(100 * (each.mean_score - base.mean_score), 2) as extra_points, round(each.usd_per_note - base.usd_per_note, 8) as extra_usd_per_note,
-       case when each.mean_score > base.mean_score then round((each.usd_per_note - base.usd_per_note) / (100 * (each.mean_score - base.mean_score)), 8) end as usd_per_point
-  from (select c.run_id, c.run, c.combination, c.combination_number, c.mean_score, c.note_cost_usd / nullif(c.note_count, 0) as usd_per_note,
-               first_value(c.combination_number) over (partition by c.run_id order by c.note_cost_usd / nullif(c.note_count, 0), c.mean_score desc, c.combination_number) as base_number
-          from pgharness.cost_per_correct as c where c.scored_count > 0) as each
-  join (select c.run_id, c.combination, c.combination_number, c.mean_score, c.note_cost_usd / nullif(c.note_count, 0) as usd_per_note
-          from pgharness.cost_per_correct as c) as base on base.run_id = each.run_id and base.combination_number = each.base_number;
+select c.run_id, c.run, c.combination, c.baseline, round(c.mean_score, 4) as mean_score, round(c.usd_per_note, 8) as usd_per_note,
+       round(100 * (c.mean_score - c.base_score), 2) as extra_points, round(c.usd_per_note - c.base_usd, 8) as extra_usd_per_note,
+       case when c.mean_score > c.base_score then round((c.usd_per_note - c.base_usd) / (100 * (c.mean_score - c.base_score)), 8) end as usd_per_point
+  from (select each.*, first_value(each.combination) over cheapest as baseline, first_value(each.mean_score) over cheapest as base_score,
+               first_value(each.usd_per_note) over cheapest as base_usd
+          from (select c.run_id, c.run, c.combination, c.combination_number, c.mean_score, c.note_cost_usd / nullif(c.note_count, 0) as usd_per_note
+                  from pgharness.cost_per_correct as c where c.scored_count > 0) as each
+        window cheapest as (partition by each.run_id order by each.usd_per_note, each.mean_score desc, each.combination_number)) as c;
 comment on view pgharness.cost_per_point is
 'One row per run and combination with grades: how many percentage points of mean score it has more than the cheapest one of the run, what a note of it costs more, and so what a point costs. Example: select combination, extra_points, usd_per_point from pgharness.cost_per_point where run_id = 1;';
 comment on column pgharness.cost_per_point.baseline is 'The combination of the run whose notes cost least.';
@@ -232,3 +236,6 @@ comment on column pgharness.learned_limits.concurrency is 'Calls in flight at mo
 comment on column pgharness.learned_limits.last_refused_at is 'When more was refused than was known, last.';
 comment on column pgharness.learned_limits.in_flight is 'Calls in flight now.';
 comment on column pgharness.learned_limits.present_requests_per_minute is 'Calls that begin a minute now.';
+
+-- what the views were made of before
+drop function if exists pgharness._call_totals(bigint), pgharness._call_sums(bigint);

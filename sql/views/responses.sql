@@ -32,7 +32,11 @@ comment on column pgharness.response_savings.last_hit_at is 'When one was last g
 create or replace view pgharness.run_savings with (security_invoker = true) as
 select r.id as run_id, r.name as run, coalesce(r.response_cache, 'off') as response_cache, m.name as model, c.calls_cached, c.calls_made, c.saved_usd, c.cost_usd
   from pgharness.runs as r
- cross join lateral pgharness._call_savings(r.id) as c
+ cross join lateral (
+       select t.model_id, coalesce(sum(t.call_count) filter (where t.outcome = 'cached'), 0)::bigint as calls_cached,
+              coalesce(sum(t.call_count) filter (where t.outcome not in ('cached', 'not_cached')), 0)::bigint as calls_made,
+              sum(t.saved_usd) as saved_usd, sum(t.cost_usd) as cost_usd
+         from pgharness.call_totals as t where t.run_id = r.id group by t.model_id) as c
   join pgharness.models as m on m.id = c.model_id;
 comment on view pgharness.run_savings is
 'One row per run and model that it asked: how many of its calls the response cache answered, and what that saved. A composite counts for its own answers; those of its members are in their rows. An archived run has none. Example: select model, calls_cached, calls_made, saved_usd from pgharness.run_savings where run_id = 1;';
@@ -40,3 +44,6 @@ comment on column pgharness.run_savings.response_cache is 'How the run uses the 
 comment on column pgharness.run_savings.calls_cached is 'Calls that were answered from the cache, for nothing.';
 comment on column pgharness.run_savings.calls_made is 'Requests that were made, whatever became of them.';
 comment on column pgharness.run_savings.saved_usd is 'What the cached ones had cost when they were made.';
+
+-- what the view was made of before
+drop function if exists pgharness._call_savings(bigint);

@@ -46,6 +46,10 @@ update pgharness.calls set latency_ms = case id %% 6 when 0 then 'NaN'::double p
     cost_usd = case id %% 2 when 0 then 999999.99999999 else 0.00000001 end,
     error = case id %% 3 when 0 then '' when 1 then E'\\\\N,"x"\\n' end, answer = case id %% 3 when 2 then E'\\t\\u00e9 \\U0001D11E ' end
  where run_id = %(run)s;
+create temporary table strange as select * from pgharness.calls where run_id = %(run)s;
+delete from pgharness.calls where run_id = %(run)s;
+delete from pgharness.call_totals where run_id = %(run)s;
+insert into pgharness.calls overriding system value select * from strange;
 update pgharness.grades set score = 'NaN', max_score = 'NaN' where run_id = %(run)s and note_ordinal = 1;
 insert into pgharness.results (run_id, key, value) values (%(run)s, E'k\\n', '[1e10, 12345678901234567890.123456789012345678901234567890]');
 insert into pgharness.results (run_id, key, value) values (%(run)s, 'nothing', 'null');

@@ -21,7 +21,7 @@ import psycopg
 import pytest
 
 from code_lab import CodeLab, is_alive, opened
-from world import cloned
+from world import cloned, miscounted
 
 _GATES = """
 import asyncio, os, time
@@ -761,6 +761,7 @@ def test_questions_to_models_are_recorded_and_costed(lab: CodeLab, experiment: s
     assert cost > 0
     assert lab.value("select cost_usd from pgharness.cost_by_run where run_id = %s", run_id) == cost
     assert lab.value("select sum(cost_usd) from pgharness.calls where run_id = %s", run_id) == cost
+    assert miscounted(lab.db) == []
     if experiment == "asking":
         assert lab.root(run_id)["result"] is True, "one seed, one answer"
         assert "verdict" in lab.results(run_id)["verdict"]

@@ -13,14 +13,37 @@ import pytest
 from psycopg import Connection
 
 from story import Story, told
-from world import Row, add_instance, failure, record, refused, register, rows, run_of, start, take, value, work_off
+from world import (
+    Row,
+    add_instance,
+    failure,
+    miscounted,
+    record,
+    refused,
+    register,
+    rows,
+    run_of,
+    start,
+    take,
+    value,
+    work_off,
+)
 
 Database = Connection[Any]
+COSTS = (
+    "call_totals",
+    "model_performance",
+    "cost_by_run",
+    "cost_by_model",
+    "repriced_runs",
+    "run_savings",
+    "cost_per_correct",
+)
 DETACHED = ("notes", "grades", "calls", "results", "logs")
-# tables about runs that hold nothing once a run is finished, or are about archives themselves
+# tables about runs that hold nothing once a run is finished, follow from others, or are about archives themselves
 OF_CODE = {"run_versions", "tasks", "metrics", "timings", "logged_calls", "artifacts", "progress_reports", "tellers"}
 OF_BATCHES = {"batches"}
-NOT_ARCHIVED = {"archives", "run_leases", "batch_items", "responses"}
+NOT_ARCHIVED = {"archives", "run_leases", "batch_items", "responses", "call_totals"}
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +230,20 @@ def test_detaching_takes_the_bulk_and_leaves_what_the_run_was(story: Story) -> N
         assert sum(row["cost_usd"] for row in shown["costs"] if row["kind"] == kind["kind"]) == pytest.approx(
             float(kind["cost_usd"])
         )
+
+
+def test_the_totals_of_calls_leave_with_them_and_come_back(story: Story) -> None:
+    db, run = story.db, story.run
+    members = {name: lines(db, run, name) for name in DETACHED}
+    read = [f"select * from pgharness.{view} as v order by v::text" for view in COSTS]
+    before = [rows(db, query) for query in read]
+    assert len(before[0]) > 3
+    detach(db, run)
+    assert rows(db, read[0]) == miscounted(db) == []
+    restore(db, run, members)
+    assert [rows(db, query) for query in read] == before and miscounted(db) == []
+    db.execute("delete from pgharness.runs where id = %s", (run,))
+    assert rows(db, read[0]) == miscounted(db) == []
 
 
 @pytest.mark.parametrize(

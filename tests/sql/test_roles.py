@@ -46,6 +46,7 @@ WRITTEN = [
     "grades",
     "failures",
     "calls",
+    "call_totals",
     "batches",
     "batch_items",
     "model_members",

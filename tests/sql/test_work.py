@@ -332,7 +332,7 @@ def test_a_run_that_ended_keeps_late_calls_and_nothing_else(tx: Database) -> Non
     assert learned == [{"run_id": run, "status": "completed", "epoch": 0, "priority": 0, "kept_notes": None}]
     after = contents(tx)
     assert {table for table in after if after[table] != before[table]} == {
-        *("pgharness.calls", "pgharness.runs", "pgharness.instance_spending")
+        *("pgharness.calls", "pgharness.call_totals", "pgharness.runs", "pgharness.instance_spending")
     }
     assert run_of(tx, run)["note_cost_usd"] == cost + Decimal("0.5")
     assert orphans(tx) == []
