@@ -18,8 +18,6 @@ declare
     v_cancelled  boolean;
     v_failing    boolean;
     v_late       boolean;
-    v_answers    boolean;
-    v_answered   boolean := false;
     v_hits       bytea[] := '{}';
     v_runs       bigint[] := '{}';
     v_before     numeric[] := '{}';
@@ -34,9 +32,8 @@ begin
         v_before := v_before || _cost_usd(v_run);
         v_hits := v_hits || _record_calls(record_outcomes.worker_id, v_run.id, v_mine);
         -- a group is small, so that each statement costs as much to begin as to do: those that are seldom needed are left out
-        select bool_or(o.result = 'cancelled'), bool_or(o.result = 'failed'), bool_or(o.result = 'succeeded' and o.epoch < v_run.epoch), bool_or(o.calls @? '$[*].response')
-          into v_cancelled, v_failing, v_late, v_answers from unnest(v_mine) as o;
-        v_answered := v_answered or coalesce(v_answers, false);
+        select bool_or(o.result = 'cancelled'), bool_or(o.result = 'failed'), bool_or(o.result = 'succeeded' and o.epoch < v_run.epoch)
+          into v_cancelled, v_failing, v_late from unnest(v_mine) as o;
         if v_cancelled then                             -- a call that was aborted killed nobody
             update failures as f set crashes = f.crashes - 1
               from unnest(v_mine) as o where o.result = 'cancelled' and f.run_id = o.run_id and f.kind = o.kind and f.ordinal = o.ordinal and f.crashes > 0;
@@ -60,7 +57,7 @@ begin
     end loop;
     -- after the runs, in the order of their keys, lest two groups wait for each other
     perform _spend(v_runs, v_before);
-    if v_answered then
+    if exists (select from unnest(v_outcomes) as o where o.calls @? '$[*].response') then
         perform _keep_responses((select jsonb_agg(c || jsonb_build_object('run_id', o.run_id)) from unnest(v_outcomes) as o cross join lateral jsonb_array_elements(o.calls) as c
                                   where c ? 'response'));
     end if;
@@ -256,22 +253,22 @@ create or replace function pgharness._advance_run(
     language plpgsql volatile security definer set search_path = pgharness, pg_temp
 as $$
 declare
-    v_run     runs;
-    v_notes   bigint := 0;
-    v_grades  bigint := 0;
-    v_skipped bigint := 0;
-    v_waiting record;
+    v_run           runs;
+    v_notes_failed  bigint := 0;
+    v_grades_failed bigint := 0;
+    v_skipped       bigint := 0;
+    v_waiting       record;
 begin
     if cardinality(failed) > 0 then
         select count(*) filter (where f.kind = 'note'), count(*) filter (where f.kind = 'grade'), coalesce(sum(c.grades_per_note) filter (where f.kind = 'note'), 0)
-          into v_notes, v_grades, v_skipped
+          into v_notes_failed, v_grades_failed, v_skipped
           from unnest(failed) as f
           left join run_combinations as c on f.kind = 'note' and c.run_id = f.run_id and c.number = f.ordinal % (definition).combination_count
          where f.status = 'failed';
     end if;
     update runs as r
        set notes_succeeded = r.notes_succeeded + cardinality(_advance_run.notes), grades_succeeded = r.grades_succeeded + cardinality(_advance_run.grades),
-           notes_failed = r.notes_failed + v_notes, grades_failed = r.grades_failed + v_grades, grades_skipped = r.grades_skipped + v_skipped
+           notes_failed = r.notes_failed + v_notes_failed, grades_failed = r.grades_failed + v_grades_failed, grades_skipped = r.grades_skipped + v_skipped
      where r.id = _advance_run.run_id returning r.* into v_run;
     if v_run.status = 'running' then                    -- a paused run queues these when it resumes
         if cardinality(_advance_run.queued) > 0 then

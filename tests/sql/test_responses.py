@@ -186,6 +186,19 @@ def test_a_deleted_run_leaves_its_answers(tx: Database) -> None:
     ]
 
 
+@pytest.mark.parametrize("batch", [None, 77])
+def test_an_answer_is_kept_though_nobody_waits_for_its_item(tx: Database, batch: int | None) -> None:
+    """Its run was deleted, or its item has left its batch: the answer is paid for, and others wait for it."""
+    add_instance(tx, cases=1, combinations=[("simulator", None)])
+    run, worker = start(tx, response_cache="write"), register(tx)
+    assert seek(tx, worker, claims=("why",)) == {"why": "mine"}
+    if batch is None:
+        tx.execute("delete from pgharness.runs where id = %s", (run,))
+    record(tx, worker, note(run, 0, calls=[call() | response("why")], batch_id=batch))
+    assert seek(tx, register(tx, pid=2), "why") == {"why": "found"}
+    assert rows(tx, "select key from pgharness.response_claims") == []
+
+
 def test_what_was_not_used_for_long_is_purged(tx: Database) -> None:
     keep(tx, response("old"), response("used"), response("new"), response("other") | {"model_id": 1})
     tx.execute("update pgharness.responses set created_at = now() - interval '10 days' where answer <> 'answer to new'")

@@ -33,7 +33,7 @@ LONGEST_MESSAGE = 2_000
 
 
 class Reply(NamedTuple):
-    """One HTTP response; header names are in lower case, and `is_whole` is false when the connection broke."""
+    """One HTTP response; header names are found in lower case, and `is_whole` is false when the connection broke."""
 
     status: int
     headers: Mapping[str, str]

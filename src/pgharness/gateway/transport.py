@@ -12,6 +12,7 @@ A worker makes thousands of calls a second, so a call builds nothing that it sha
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import ssl
@@ -64,20 +65,14 @@ _HEADERS = {"accept": "*/*", "accept-encoding": "gzip, deflate", "user-agent": "
 class Transport:
     """The network of one process: one connection pool for all models, as many connections as calls.
 
-    Proxies are taken from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, authorities from the system, certifi,
-    SSL_CERT_FILE and SSL_CERT_DIR.
+    Proxies are taken from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY. The certificates of authorities are those of
+    SSL_CERT_FILE and SSL_CERT_DIR, or else those of the system and of certifi.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._tls = ssl.create_default_context()
-        if not {"SSL_CERT_FILE", "SSL_CERT_DIR"} & os.environ.keys():
-            self._tls.load_verify_locations(certifi.where())
-        self._proxies = {
-            scheme: URL(address if "://" in address else f"http://{address}")
-            for scheme, address in urllib.request.getproxies().items()
-            if scheme in ("http", "https", "all")
-        }
+        self._tls = _tls()
+        self._proxies = urllib.request.getproxies()
         self._session: aiohttp.ClientSession | None = None
 
     def completer(self, spec: ModelSpec) -> Completer:
@@ -105,19 +100,23 @@ class Transport:
             host.encode("idna")  # as looking it up will
         except ValueError as exc:
             raise RequestRejected(f"{name}: its base_url cannot be used: {exc}") from None
-        proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
-        if proxy is None or any(map(urllib.request.proxy_bypass, (host, url.authority))):
+        proxied = self._proxies.get(url.scheme) or self._proxies.get("all")
+        if not proxied or any(map(urllib.request.proxy_bypass, (host, url.host_port_subcomponent or ""))):
             return Way(url, {}, {})
-        if proxy.scheme not in ("http", "https"):
-            hint = "Set HTTP_PROXY and HTTPS_PROXY to an HTTP proxy, or NO_PROXY to the hosts that need none"
-            raise RequestRejected(f"{host}: a {proxy.scheme} proxy cannot be used", hint=hint)
-        options: dict[str, Any] = {"proxy": proxy.with_user(None)}  # errors show it
-        if proxy.user is None:
-            return Way(url, {}, options)
-        password = {"proxy-authorization": aiohttp.encode_basic_auth(proxy.user, proxy.password or "")}
+        hint = "Set HTTP_PROXY and HTTPS_PROXY to an HTTP proxy, or NO_PROXY to the hosts that need none"
+        try:
+            proxy = URL(proxied if "://" in proxied else f"http://{proxied}")
+            if proxy.scheme not in ("http", "https"):
+                raise RequestRejected(f"{host}: a {proxy.scheme} proxy cannot be used", hint=hint)
+            (proxy.host or ".").encode("idna")
+            user, password = proxy.user, proxy.password or ""
+            login = {"proxy-authorization": aiohttp.encode_basic_auth(user, password)} if user else {}
+            options: dict[str, Any] = {"proxy": proxy.with_user(None)}  # errors show it
+        except ValueError:
+            raise RequestRejected(f"{host}: the address of its proxy cannot be used", hint=hint) from None
         if url.scheme == "http":
-            return Way(url, password, options)
-        return Way(url, {}, options | {"proxy_headers": password})  # the server itself must not read it
+            return Way(url, login, options)
+        return Way(url, {}, options | {"proxy_headers": login})  # the server itself must not read it
 
     def request(
         self, method: str, way: Way, *, headers: Mapping[str, str], data: Any, timeout: aiohttp.ClientTimeout
@@ -139,6 +138,18 @@ class Way(NamedTuple):
     headers: dict[str, str]
     options: dict[str, Any]
 
+    def __repr__(self) -> str:  # a proxy's password is in it
+        return f"Way({self.url})"
+
+
+def _tls() -> ssl.SSLContext:
+    file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    if file or folder:
+        return ssl.create_default_context(cafile=file or None, capath=folder or None)
+    context = ssl.create_default_context()
+    context.load_verify_locations(certifi.where())
+    return context
+
 
 class _Endpoint:
     """A model behind an API, with what its calls have in common."""
@@ -146,7 +157,9 @@ class _Endpoint:
     def __init__(self, spec: ModelSpec, transport: Transport, clock: Callable[[], float]) -> None:
         self._spec = spec
         self._transport = transport
-        self._timeout = aiohttp.ClientTimeout(total=spec.timeout_seconds, sock_connect=CONNECT_SECONDS)
+        self._timeout = aiohttp.ClientTimeout(
+            total=spec.timeout_seconds, sock_connect=CONNECT_SECONDS, ceil_threshold=math.inf
+        )
         self._way: Way | None = None
         self._headers: dict[_Key, CIMultiDict[str]] = {}  # of the present keys
         self._keys = _KeyRing(key_names(spec, wire_format(spec)), clock)
@@ -225,7 +238,7 @@ class Account:
         """Send a request and return the reply, whatever its status, within so many seconds."""
         key = _Key.of(self.spec, self.wire)
         failure: ModelError
-        timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS, ceil_threshold=math.inf)
         try:
             async with self._opened(method, url, key, headers, body, timeout) as response:
                 return await _read(response, key)
@@ -245,11 +258,16 @@ class Account:
         """
         key = _Key.of(self.spec, self.wire)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=seconds)
-        async with self._opened("GET", url, key, headers, b"", timeout) as response:
-            if response.status == 200:
-                yield self._split(response, key)
-            else:
-                yield await _read(response, key)
+        try:
+            async with self._opened("GET", url, key, headers, b"", timeout) as response:
+                if response.status == 200:
+                    yield self._split(response, key)
+                else:
+                    yield await _read(response, key)
+                return
+        except ModelError as error:
+            failure = key.hidden_in_error(error)
+        raise failure  # outside the handler, so that it carries no context
 
     def read(self, request: Request, reply: Reply) -> Completion:
         """Return the completion that a reply to a request holds, or raise the ModelError that it means."""
@@ -325,13 +343,13 @@ def _trouble(name: str, url: URL, exc: aiohttp.ClientError) -> ModelError:
             return RequestRejected(f"{name}: its base_url cannot be used: {exc}")
         case aiohttp.ClientConnectorCertificateError():
             hint = "Set SSL_CERT_FILE to the authority that signed it, in the environment of the workers"
-            return RequestRejected(f"{name}: certificate of {url.authority}: {exc}", hint=hint)
+            return RequestRejected(f"{name}: certificate of {url.host_port_subcomponent}: {exc}", hint=hint)
         case aiohttp.ClientConnectionError() | aiohttp.ClientHttpProxyError():
-            return Unavailable(f"{name}: no connection to {url.authority}: {exc}")
+            return Unavailable(f"{name}: no connection to {url.host_port_subcomponent}: {exc}")
         case aiohttp.ClientPayloadError():
             return InvalidOutput(f"{name}: the reply cannot be decompressed: {exc}")
         case _:
-            return ServerFailed(f"{name}: {url.authority} does not speak HTTP: {exc}")
+            return ServerFailed(f"{name}: {url.host_port_subcomponent} does not speak HTTP: {exc}")
 
 
 def _dumped(body: Mapping[str, Any]) -> bytes:
@@ -355,7 +373,7 @@ async def _read(response: aiohttp.ClientResponse, key: _Key) -> Reply:
                 is_whole = False
                 break
     except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as exc:
-        if isinstance(exc.__cause__, ContentEncodingError):
+        if response.ok and isinstance(exc.__cause__, ContentEncodingError):
             raise
         is_whole = False
     return Reply(response.status, headers, key.hidden_in(bytes(body)), is_whole)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from io import BytesIO
@@ -250,6 +252,24 @@ async def test_no_error_shows_the_key(scripted: Scripted) -> None:
         await script.endpoint.poll("batch_1")
     assert KEY not in str(caught.value)
     assert "[redacted]" in str(caught.value)
+
+
+async def test_results_from_what_is_no_vendor_do_not_show_the_key() -> None:
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 abc {KEY}\r\n\r\n".encode())
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(echo, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        spec = ModelSpec(id=1, name="m", provider="openai", model="vendor-model", base_url=url)
+        async with contextlib.aclosing(Transport()) as transport:
+            with pytest.raises(ServerFailed) as caught:
+                async for _ in batch_endpoint(transport.account(spec)).results("batch_1", ["file-2"]):
+                    pass
+    assert "[redacted]" in str(caught.value)
+    assert caught.value.__cause__ is None and KEY not in "".join(traceback.format_exception(caught.value))
 
 
 async def test_an_id_cannot_lead_elsewhere(scripted: Scripted) -> None:

@@ -457,7 +457,23 @@ async def test_a_proxy_for_tls_alone_is_told_its_password(stub: StubProvider, mo
             error = await failure(transport, model(stub, "openai", base_url="https://far.invalid/v1"))
     assert heads[0].startswith(b"CONNECT far.invalid:443") and b"Basic dXNlcjpwYXNzcGhyYXNl" in heads[0]
     assert KEY.encode() not in heads[0]
-    assert type(error) is Unavailable and "passphrase" not in told(error)
+    assert type(error) is Unavailable
+    assert "passphrase" not in told(error) and "dXNlcjpwYXNzcGhyYXNl" not in told(error)
+
+
+@pytest.mark.parametrize(
+    "proxy", ["http://a%3Ab:passphrase@host", "http://u:passphrase@a..b:80", "http://:3128", "http://host:99999"]
+)
+async def test_a_proxy_without_an_address_is_named_when_it_is_needed(
+    stub: StubProvider, monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    async with contextlib.aclosing(Transport()) as transport:
+        error = await failure(transport, model(stub, "openai", base_url="http://far.invalid/v1"))
+        assert type(error) is RequestRejected and "far.invalid: the address of its proxy" in str(error)
+        assert "passphrase" not in told(error)
+        assert (await transport.send(model(stub, "openai"), ASK_NOTE)).text == NOTE
 
 
 async def test_a_proxy_that_cannot_be_used_is_named(stub: StubProvider, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,6 +483,15 @@ async def test_a_proxy_that_cannot_be_used_is_named(stub: StubProvider, monkeypa
         error = await failure(transport, model(stub, "openai", base_url="http://far.invalid/v1"))
         assert isinstance(error, RequestRejected) and "far.invalid: a socks5 proxy" in str(error)
         assert (await transport.send(model(stub, "openai"), ASK_NOTE)).text == NOTE
+
+
+async def test_variables_for_certificates_that_are_empty_count_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    monkeypatch.setenv("SSL_CERT_FILE", "")
+    assert len(Transport()._tls.get_ca_certs()) > 50
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/certificates.pem")
+    with pytest.raises(FileNotFoundError):
+        Transport()
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
@@ -482,6 +507,10 @@ async def test_a_reply_that_is_not_compressed_as_it_says_is_invalid(stub: StubPr
     async with answering(b"not gzip", "content-encoding: gzip") as (address, _):
         error = await failure(transport, model(stub, "openai_compatible", base_url=address))
     assert type(error) is InvalidOutput and "cannot be decompressed" in str(error)
+    headers = ("content-encoding: gzip", "retry-after: 7")
+    async with answering(b"not gzip", *headers, status="429 Slow down") as (address, _):
+        error = await failure(transport, model(stub, "openai_compatible", base_url=address))
+    assert type(error) is RateLimited and error.retry_after == 7
 
 
 async def test_a_small_reply_that_grows_without_end_is_given_up(
