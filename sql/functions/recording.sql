@@ -221,6 +221,7 @@ as $$
 declare
     v_run     runs;
     v_skipped bigint;
+    v_first   bigint := least((select min(o) from unnest(notes) as o), (select min(o) from unnest(grades) as o) / (definition).grade_stride);
     v_waiting record;
 begin
     select coalesce(sum(c.grades_per_note), 0) into v_skipped
@@ -229,7 +230,10 @@ begin
      where f.kind = 'note' and f.status = 'failed';
     update runs as r
        set notes_succeeded = r.notes_succeeded + cardinality(_advance_run.notes), grades_succeeded = r.grades_succeeded + cardinality(_advance_run.grades),
-           notes_failed = r.notes_failed + count.notes, grades_failed = r.grades_failed + count.grades, grades_skipped = r.grades_skipped + v_skipped
+           notes_failed = r.notes_failed + count.notes, grades_failed = r.grades_failed + count.grades, grades_skipped = r.grades_skipped + v_skipped,
+           -- what is settled does not change; if it did, its sums would not count
+           settled_notes = case when v_first < r.settled_notes then 0 else r.settled_notes end,
+           reopenings = r.reopenings + coalesce(v_first < r.settled_notes, false)::integer
       from (select count(*) filter (where f.kind = 'note') as notes, count(*) filter (where f.kind = 'grade') as grades
               from unnest(failed) as f where f.status = 'failed') as count
      where r.id = _advance_run.run_id returning r.* into v_run;
