@@ -177,7 +177,7 @@ begin
         execute format('delete from %I as t where t.run_id = $1', v_member.member) using v_run.id;
     end loop;
     perform _drop_settled(v_run.id, null);
-    update runs as r set archived_at = v_archive.archived_at, settled_notes = 0, reopenings = r.reopenings + 1 where r.id = v_run.id;
+    update runs as r set archived_at = v_archive.archived_at, settled_notes = 0 where r.id = v_run.id;
     insert into logs (run_id, message, data)
     values (v_run.id, 'archived', jsonb_build_object('by', session_user, 'file', v_archive.file_name, 'digest', v_archive.digest));
     return v_archive;

@@ -6,7 +6,7 @@ alter table pgharness.runs
 comment on column pgharness.runs.settled_notes is
 'Notes at the start of its plan (whole replications) that are all decided, with all their grades, and whose scores tables settled_* sum up. What reads scores adds the rest to these.';
 comment on column pgharness.runs.reopenings is
-'How often decided notes or grades of it were opened again (retry_failed, archiving, imports): nothing is settled then, and what was being summed up meanwhile is not used.';
+'How often decided notes or grades of it were opened again (retry_failed, imports): nothing is settled then, and what was being summed up meanwhile is not used.';
 
 -- No foreign keys to runs, as of grades: each row's would be looked up, and trigger _100_delete_items deletes what a cascade would.
 create table pgharness.settled_scores (
