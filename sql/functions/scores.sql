@@ -12,7 +12,7 @@ comment on function pgharness._cell_count(bigint) is
 create or replace function pgharness._score_sums(run_id bigint, beyond bigint default null)
     returns table (cell bigint, rubric_number integer, note_count bigint, grade_count bigint, mean_score double precision, squares double precision,
                    min_score double precision, max_score double precision)
-    language plpgsql stable security invoker set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan set jit = off
+    language plpgsql stable security invoker rows 10000 set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan set jit = off
     set work_mem = '64MB' set parallel_tuple_cost = 0
 as $$
 declare
@@ -92,7 +92,7 @@ create or replace function pgharness._pair_sums(run_id bigint, beyond bigint def
     returns table (cell bigint, rubric_a integer, rubric_b integer, note_count bigint, total_a double precision, total_b double precision,
                    squares_a double precision, squares_b double precision, products double precision, differences double precision,
                    min_a double precision, max_a double precision, min_b double precision, max_b double precision)
-    language plpgsql stable security invoker set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan set jit = off
+    language plpgsql stable security invoker rows 10000 set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan set jit = off
 as $$
 declare
     v_plan      run_definitions;
@@ -229,7 +229,10 @@ begin
     end if;
     -- a step is worth writing all sums anew: several replications of their cells, and a tenth of what they hold
     v_least := greatest(least_replications, ceil(v_run.settled_notes / 10.0 / v_cells), ceil(least_grades::numeric * v_run.note_count / v_run.grade_count / v_cells))::bigint * v_cells;
-    v_next := least(v_run.settled_notes + greatest(v_least, most_notes / v_cells * v_cells), v_run.note_count);
+    -- not past what waits for its next try, which may be long
+    v_next := least(v_run.settled_notes + greatest(v_least, most_notes / v_cells * v_cells), v_run.note_count,
+                    (select min(case f.kind when 'note' then f.ordinal else f.ordinal / d.grade_stride end) / v_cells * v_cells
+                       from failures as f join run_definitions as d on d.run_id = f.run_id where f.run_id = v_run.id and f.status = 'waiting'));
     if v_next < v_run.settled_notes + v_least then
         return 0;
     end if;

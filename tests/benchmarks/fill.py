@@ -138,7 +138,9 @@ def fill(connection: Connection[Any], *, notes: int = 1_000_000, grades_per_note
     connection.execute("select from pgharness.requeue_run(%s)", (run_id,))  # its jobs are now those of the rest
     connection.execute("vacuum analyze")
     while scalar(connection, "select pgharness.settle_scores()"):  # as workers would have
-        pass
+        connection.execute(
+            "vacuum analyze pgharness.settled_scores, pgharness.settled_note_scores, pgharness.settled_pairs"
+        )
     connection.execute("vacuum analyze")
     connection.execute("checkpoint")
     _check(connection, run_id, notes, notes * grades_per_note)
