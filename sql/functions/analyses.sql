@@ -46,27 +46,19 @@ create or replace function pgharness._case_scores(run_id bigint)
     language plpgsql stable security invoker set search_path = pgharness, pg_temp set plan_cache_mode = force_custom_plan set jit = off
 as $$
 declare
-    v_plan      run_definitions;
-    v_cells     bigint := _cell_count(_case_scores.run_id);
-    v_is_single boolean := not exists (select from run_combinations as c where c.run_id = _case_scores.run_id and c.grades_per_note > 1);
+    v_plan run_definitions;
 begin
     select * into v_plan from run_definitions as d where d.run_id = _case_scores.run_id;
     return query
-    select place.combination_number, place.case_number, sum(s.note_count)::bigint, sum(s.grade_count)::bigint, sum(s.total) / sum(s.note_count)::double precision
-      from (select each.ordinal % v_cells as cell, count(*) as note_count, sum(each.grade_count)::bigint as grade_count, sum(each.score) as total
-              from (
-                   -- a single grade is the note's score; the planner leaves out the branch that is not needed
-                   select g.note_ordinal as ordinal, g.normalised_score as score, 1::bigint as grade_count from grades as g where g.run_id = _case_scores.run_id and v_is_single
-                   union all
-                   select g.note_ordinal, avg(g.normalised_score), count(*) from grades as g where g.run_id = _case_scores.run_id and not v_is_single
-                    group by g.note_ordinal) as each
-             group by 1) as s
+    select place.combination_number, place.case_number, sum(s.scored_count)::bigint, sum(s.grade_count)::bigint, sum(s.total) / sum(s.scored_count)::double precision
+      from _note_sums(_case_scores.run_id) as s
      cross join lateral _note_place(v_plan, s.cell) as place
+     where s.scored_count > 0
      group by place.combination_number, place.case_number;
 end;
 $$;
 comment on function pgharness._case_scores(bigint) is
-'Of a run, the mean score of each combination at each case: of the case''s graded notes, each the mean of its grades. Of grades it reads the primary key alone.';
+'Of a run, the mean score of each combination at each case: of the case''s graded notes, each the mean of its grades.';
 
 create or replace function pgharness.paired_run_differences(run_a text, run_b text)
     returns table (combination_a text, combination_b text, case_count bigint, mean_difference double precision, standard_error double precision,

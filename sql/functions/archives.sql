@@ -177,7 +177,8 @@ begin
         execute format('delete from %I as t where t.run_id = $1', v_member.member) using v_run.id;
     end loop;
     delete from call_totals as t where t.run_id = v_run.id;      -- restore_rows() counts its calls anew
-    update runs as r set archived_at = v_archive.archived_at where r.id = v_run.id;
+    perform _drop_settled(v_run.id, null);
+    update runs as r set archived_at = v_archive.archived_at, settled_notes = 0 where r.id = v_run.id;
     insert into logs (run_id, message, data)
     values (v_run.id, 'archived', jsonb_build_object('by', session_user, 'file', v_archive.file_name, 'digest', v_archive.digest));
     return v_archive;

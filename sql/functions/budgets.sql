@@ -308,12 +308,16 @@ declare
 begin
     select d.combination_count into v_count from run_definitions as d where d.run_id = costs_per_correct.run_id and not d.definition ? 'code';
     return query
-    select c.number, coalesce(written.notes, 0), coalesce(scored.notes, 0), coalesce(scored.correct, 0), scored.mean, coalesce(cost.note, 0), coalesce(cost.grade, 0)
+    select c.number, coalesce(scored.written, 0), coalesce(scored.notes, 0), coalesce(case when threshold = 0.5 then scored.correct else counted.correct end, 0), scored.mean, coalesce(cost.note, 0), coalesce(cost.grade, 0)
       from run_combinations as c
-      left join (select n.combination_number as number, count(*) as notes from notes as n where n.run_id = costs_per_correct.run_id group by 1) as written on written.number = c.number
-      left join (select note.ordinal % v_count as number, count(*) as notes, count(*) filter (where note.score >= threshold) as correct, avg(note.score) as mean
-                   from (select g.note_ordinal as ordinal, avg(g.normalised_score) as score from grades as g where g.run_id = costs_per_correct.run_id group by 1) as note
-                  group by 1) as scored on scored.number = c.number
+      left join (select s.cell % v_count as number, sum(s.note_count)::bigint as written, sum(s.scored_count)::bigint as notes, sum(s.correct_count)::bigint as correct,
+                        sum(s.total) / nullif(sum(s.scored_count), 0)::double precision as mean
+                   from _note_sums(costs_per_correct.run_id) as s group by 1) as scored on scored.number = c.number
+      -- of another threshold than theirs the sums do not know
+      left join (select note.ordinal % v_count as number, count(*) filter (where note.score >= threshold) as correct
+                   from (select g.note_ordinal as ordinal, avg(g.normalised_score) as score from grades as g
+                          where g.run_id = costs_per_correct.run_id and threshold <> 0.5 group by 1) as note
+                  group by 1) as counted on counted.number = c.number
       left join (select k.combination_number as number,
                         sum(k.cost_usd) filter (where k.kind = 'note') as note, sum(k.cost_usd) filter (where k.kind = 'grade') as grade
                    from call_totals as k where k.run_id = costs_per_correct.run_id and k.cost_usd > 0 group by 1) as cost on cost.number = c.number

@@ -289,7 +289,8 @@ begin
     update runs as r
        set notes_succeeded = r.notes_succeeded + jsonb_array_length(import_run_items.notes),
            grades_succeeded = r.grades_succeeded + jsonb_array_length(import_run_items.grades),
-           notes_failed = r.notes_failed + failed.notes, grades_failed = r.grades_failed + failed.grades, grades_skipped = r.grades_skipped + failed.skipped
+           notes_failed = r.notes_failed + failed.notes, grades_failed = r.grades_failed + failed.grades, grades_skipped = r.grades_skipped + failed.skipped,
+           settled_notes = 0, reopenings = r.reopenings + 1
       from (select count(*) filter (where f.kind = 'note') as notes, count(*) filter (where f.kind = 'grade') as grades,
                    coalesce(sum(c.grades_per_note) filter (where f.kind = 'note'), 0) as skipped
               from jsonb_to_recordset(import_run_items.failures) as f (kind text, ordinal bigint)

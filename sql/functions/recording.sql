@@ -257,6 +257,7 @@ declare
     v_notes_failed  bigint := 0;
     v_grades_failed bigint := 0;
     v_skipped       bigint := 0;
+    v_first         bigint := least((select min(o) from unnest(notes) as o), (select min(o) from unnest(grades) as o) / (definition).grade_stride);
     v_waiting       record;
 begin
     if cardinality(failed) > 0 then
@@ -268,7 +269,10 @@ begin
     end if;
     update runs as r
        set notes_succeeded = r.notes_succeeded + cardinality(_advance_run.notes), grades_succeeded = r.grades_succeeded + cardinality(_advance_run.grades),
-           notes_failed = r.notes_failed + v_notes_failed, grades_failed = r.grades_failed + v_grades_failed, grades_skipped = r.grades_skipped + v_skipped
+           notes_failed = r.notes_failed + v_notes_failed, grades_failed = r.grades_failed + v_grades_failed, grades_skipped = r.grades_skipped + v_skipped,
+           -- what is settled does not change; if it did, its sums would not count
+           settled_notes = case when v_first < r.settled_notes then 0 else r.settled_notes end,
+           reopenings = r.reopenings + coalesce(v_first < r.settled_notes, false)::integer
      where r.id = _advance_run.run_id returning r.* into v_run;
     if v_run.status = 'running' then                    -- a paused run queues these when it resumes
         if cardinality(_advance_run.queued) > 0 then

@@ -226,11 +226,12 @@ begin
     delete from grades as g where g.run_id = old.id;
     delete from notes as n where n.run_id = old.id;
     delete from calls as c where c.run_id = old.id;
+    perform _drop_settled(old.id, null);
     return old;
 end;
 $$;
 comment on function pgharness._delete_items() is
-'Delete a run''s notes, grades and calls with it. Nobody adds any meanwhile: who records an outcome locks the run''s row first.';
+'Delete a run''s notes, grades, their sums, and calls with it. Nobody adds any meanwhile: who records an outcome locks the run''s row first.';
 create or replace trigger _100_delete_items before delete on pgharness.runs
     for each row execute function pgharness._delete_items();
 
@@ -526,7 +527,7 @@ begin
     elsif v_notes || v_grades = '{}' then
         return _receipt(v_run.id);
     end if;
-    update runs as r set notes_failed = 0, grades_failed = 0, grades_skipped = 0 where r.id = v_run.id;
+    update runs as r set notes_failed = 0, grades_failed = 0, grades_skipped = 0, settled_notes = 0, reopenings = r.reopenings + 1 where r.id = v_run.id;
     if v_run.status = 'running' then                    -- what is in flight goes on
         perform _defer_list(v_run.id, 'note', v_notes, 100);
         perform _defer_list(v_run.id, 'grade', v_grades, 100);

@@ -102,11 +102,11 @@ comment on view pgharness.run_results is 'One row per run and key: the latest va
 
 create or replace view pgharness.scores with (security_invoker = true) as
 select r.id as run_id, r.name as run, ca.name as case_name, c.name as combination, place.overlap, ru.author as rubric_author,
-       s.note_count, s.grade_count, round(s.mean_score::numeric, 4) as mean_score, round(s.replication_sd::numeric, 4) as replication_sd,
+       s.note_count, s.grade_count, round(s.mean_score::numeric, 4) as mean_score, round(sqrt(s.squares / nullif(s.note_count - 1, 0))::numeric, 4) as replication_sd,
        round(s.min_score::numeric, 4) as min_score, round(s.max_score::numeric, 4) as max_score, rc.case_id
   from pgharness.runs as r
   join pgharness.run_definitions as d on d.run_id = r.id
- cross join lateral pgharness._scores(r.id) as s
+ cross join lateral pgharness._score_sums(r.id) as s
  cross join lateral pgharness._note_place(d, s.cell) as place
   join pgharness.run_cases as rc on rc.run_id = r.id and rc.number = place.case_number
   join pgharness.cases as ca on ca.id = rc.case_id
@@ -136,7 +136,7 @@ select r.id as run_id, r.name as run, s.combination, s.case_count, s.note_count,
        with note as materialized (
            select place.combination_number, place.case_number, n.*
              from pgharness.run_definitions as d
-            cross join pgharness._note_scores(r.id) as n
+            cross join pgharness._note_sums(r.id) as n
             cross join lateral pgharness._note_place(d, n.cell) as place
             where d.run_id = r.id
        ), cell as (
@@ -185,7 +185,7 @@ select r.id as run_id, r.name as run, c.name as combination, s.author_a, s.autho
        with pair as materialized (
            select place.combination_number, a.author as author_a, b.author as author_b, a.author < b.author as is_sorted, p.*
              from pgharness.run_definitions as d
-            cross join pgharness._author_pairs(r.id) as p
+            cross join pgharness._pair_sums(r.id) as p
             cross join lateral pgharness._note_place(d, p.cell) as place
              join pgharness.run_rubrics as of_a on of_a.run_id = r.id and of_a.case_number = place.case_number and of_a.number = p.rubric_a
              join pgharness.rubrics as a on a.id = of_a.rubric_id
@@ -219,7 +219,7 @@ select r.id as run_id, r.name as run, c.name as combination, s.rubric_author, s.
               sum(p.squares) as squares, sum(p.grade_count - p.note_count)::double precision as freedom,
               sum(p.differences) as differences, sum(p.pair_count)::double precision as pair_count
          from pgharness.run_definitions as d
-        cross join pgharness._replication_spread(r.id) as p
+        cross join pgharness._spread_sums(r.id) as p
         cross join lateral pgharness._note_place(d, p.cell) as place
          left join pgharness.run_rubrics as rr on rr.run_id = r.id and rr.case_number = place.case_number and rr.number = p.rubric_number
          left join pgharness.rubrics as ru on ru.id = rr.rubric_id
@@ -284,3 +284,6 @@ comment on view pgharness.run_rubric_authors is
 comment on column pgharness.run_rubric_authors.is_human is 'Whether people wrote all of them.';
 comment on column pgharness.run_rubric_authors.rubric_count is 'Rubrics of theirs that are used.';
 comment on column pgharness.run_rubric_authors.criterion_count is 'Criteria in these.';
+
+-- what these views called before
+drop function if exists pgharness._scores(bigint), pgharness._note_scores(bigint), pgharness._author_pairs(bigint), pgharness._replication_spread(bigint);

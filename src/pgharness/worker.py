@@ -47,6 +47,7 @@ _RESTART_SECONDS = (0.1, 5.0)
 _SETTLED_SECONDS = 2.0  # a process that died younger is replaced with growing delay
 _HUNG_SECONDS = 10.0  # without a turn of its event loop; never less than it takes to count as lost
 _HOOKS_SECONDS = hooks.CALL_SECONDS + 5.0
+_SETTLING_SECONDS = 5.0
 _ABORT = signal.SIGUSR1  # from the supervisor: who stops a service may send SIGTERM to all its processes, several times
 
 
@@ -186,7 +187,7 @@ class _Process:
         self._is_forgotten = False
 
     async def run(self, queues: Sequence[str]) -> None:
-        keepers = (self._keep_beating(), self._keep_sweeping(), self._keep_watching())
+        keepers = (self._keep_beating(), self._keep_sweeping(), self._keep_watching(), self._keep_settling())
         tasks = [asyncio.create_task(keeper) for keeper in keepers]
         try:
             await self._queue.run(queues)
@@ -265,6 +266,15 @@ class _Process:
             except Exception as exc:  # whatever it is: the next sweep may succeed
                 logger.log(logging.WARNING if isinstance(exc, TRANSIENT) else logging.ERROR, "no sweep: %s", exc)
             self._sweep_at = max(self._sweep_at, time.monotonic() + min(self._stale_seconds / 6, 5.0))
+
+    async def _keep_settling(self) -> None:
+        """Sum up the scores of what is settled of a run, every few seconds, so that looking at them stays quick."""
+        while True:
+            await asyncio.sleep(_SETTLING_SECONDS)
+            try:
+                await self._pool.call_within(_SETTLING_SECONDS, "settle_scores", worker_id=self._worker_id)
+            except Exception as exc:  # whatever it is: views read what is not settled
+                logger.log(logging.WARNING if isinstance(exc, TRANSIENT) else logging.ERROR, "nothing settled: %s", exc)
 
 
 def _process_main(options: WorkerOptions, parent_pid: int, pulse: c_double) -> None:

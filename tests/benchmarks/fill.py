@@ -137,6 +137,11 @@ def fill(connection: Connection[Any], *, notes: int = 1_000_000, grades_per_note
     connection.execute("insert into pgharness.run_workers (run_id, worker_id) values (%s, %s)", (run_id, worker_id))
     connection.execute("select from pgharness.requeue_run(%s)", (run_id,))  # its jobs are now those of the rest
     connection.execute("vacuum analyze")
+    while scalar(connection, "select pgharness.settle_scores()"):  # as workers would have
+        connection.execute(
+            "vacuum analyze pgharness.settled_scores, pgharness.settled_note_scores, pgharness.settled_pairs"
+        )
+    connection.execute("vacuum analyze")
     connection.execute("checkpoint")
     _check(connection, run_id, notes, notes * grades_per_note)
     return run_id

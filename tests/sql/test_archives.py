@@ -44,6 +44,7 @@ DETACHED = ("notes", "grades", "calls", "results", "logs")
 OF_CODE = {"run_versions", "tasks", "metrics", "timings", "logged_calls", "artifacts", "progress_reports", "tellers"}
 OF_BATCHES = {"batches"}
 NOT_ARCHIVED = {"archives", "run_leases", "batch_items", "responses", "call_totals"}
+NOT_ARCHIVED |= {"settled_scores", "settled_note_scores", "settled_pairs", "settled_spreads"}  # sums over grades
 
 
 @pytest.fixture(scope="module")

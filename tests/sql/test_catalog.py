@@ -70,6 +70,7 @@ SECURITY_DEFINERS = {
     "authors ask for analyses, and store plans of them, and write nothing of what is found": (
         "request_analysis preregister _announce_analysis"
     ),
+    "workers sum up what is settled, and may write no table of ours": "settle_scores _settle_scores",
     "workers make analyses, whose rows they may not write": "take_analysis finish_analysis fail_analysis",
     "authors ask for reports, and write nothing of what is in them": "request_report _announce_report",
     "workers make reports, whose rows they may not write": "take_report finish_report fail_report",

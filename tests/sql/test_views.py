@@ -549,7 +549,7 @@ def test_a_small_run_is_read_without_the_big_one_beside_it(big: Connection[Any])
         assert pages(explained(big, query)) < 250, view
 
 
-@pytest.mark.parametrize("function", ["_scores", "_note_scores"])
+@pytest.mark.parametrize("function", ["_score_sums", "_note_sums"])
 def test_scores_are_read_from_the_index_of_grades(big: Connection[Any], function: str) -> None:
     grades = value(big, "select pg_relation_size('pgharness.grades') / current_setting('block_size')::integer")
     query = f"select * from pgharness.{function}(1)"
