@@ -364,7 +364,8 @@ class _Asked(BaseModel):
         A retry asks with the next seed, or a deterministic server would repeat the answer that was refused. Every
         vendor takes 31 bits.
         """
-        return None if self.seed is None else (self.seed + request.attempt - 1) & 0x7FFF_FFFF
+        seed = self.seed if "seed" in self.model_fields_set else request.seed
+        return None if seed is None else (seed + request.attempt - 1) & 0x7FFF_FFFF
 
     def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the body without what is unset and with the vendor's own parameters."""
@@ -377,12 +378,22 @@ NEUTRAL_PARAMETERS = tuple(_Asked.model_fields)
 
 
 def _asked(spec: ModelSpec, request: Request) -> _Asked:
-    values = {"seed": request.seed, **spec.parameters, **request.parameters}
+    if request.parameters:
+        return _valid(spec.name, {**spec.parameters, **request.parameters})
+    return _asked_of_all(spec.name, _Same(spec.parameters))
+
+
+@lru_cache(maxsize=64)
+def _asked_of_all(name: str, parameters: _Same) -> _Asked:
+    return _valid(name, parameters.value)  # most calls of a model have no parameters of their own
+
+
+def _valid(name: str, parameters: Mapping[str, Any]) -> _Asked:
     try:
-        return _Asked.model_validate(values)
+        return _Asked.model_validate(parameters)
     except ValidationError as exc:
         wrong = exc.errors()[0]
-        message = f"model {spec.name!r}: parameter {wrong['loc'][0]}: {wrong['msg']}"
+        message = f"model {name!r}: parameter {wrong['loc'][0]}: {wrong['msg']}"
         raise RequestRejected(message, hint="Correct the parameters of the model or of the instance") from None
 
 
