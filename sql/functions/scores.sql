@@ -290,6 +290,7 @@ begin
            and r.grades_succeeded + r.grades_failed + r.grades_skipped - r.settled_notes * r.grade_count / nullif(r.note_count, 0)
                >= greatest(least_grades, r.settled_notes * r.grade_count / nullif(r.note_count, 0) / 10)
            and r.notes_succeeded + r.notes_failed - r.settled_notes >= least_replications * _cell_count(r.id)
+           and least_replications * _cell_count(r.id) <= 5 * most_notes  -- of more, a step would take too long
          order by r.id
     loop
         v_notes := _settle_scores(v_run, least_grades, least_replications, most_notes);
@@ -301,4 +302,4 @@ begin
 end;
 $$;
 comment on function pgharness.settle_scores(bigint, bigint, integer, bigint) is
-'For workers, every few seconds: sum up the scores of the next notes of a run, so that views need not read their grades. Those are whole replications in which every note and grade is decided (made, failed for good, or skipped): at least so many replications and grades, and a tenth of what is settled; at most about so many notes. One run a call, one settler at a time, the oldest worker alive (null is anybody); returns how many notes it settled. retry_failed() opens all again. Example: select pgharness.settle_scores();';
+'For workers, every few seconds: sum up the scores of the next notes of a run, so that views need not read their grades. Those are whole replications in which every note and grade is decided (made, failed for good, or skipped): at least so many replications and grades, and a tenth of what is settled; at most about so many notes (runs whose replications are too large for that are left out). One run a call, one settler at a time, the oldest worker alive (null is anybody); returns how many notes it settled. retry_failed() opens all again. Example: select pgharness.settle_scores();';

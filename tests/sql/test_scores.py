@@ -197,6 +197,8 @@ def test_a_step_has_to_be_worth_it(db: Database) -> None:
     record(db, work.worker, work.made(*last))
     assert value(db, "select pgharness.settle_scores()") == 0
     assert value(db, "select pgharness.settle_scores(least_grades => %s)", len(grades) + 2) == 0
+    few = (4 * CELLS - 1) // 5  # a step would be more than five times as large
+    assert value(db, "select pgharness.settle_scores(least_grades => 1, most_notes => %s)", few) == 0
     assert value(db, "select pgharness.settle_scores(least_grades => %s)", len(grades) + 1) == 4 * CELLS
     assert value(db, four) == 0
     assert work.settled == 4 * CELLS
