@@ -121,7 +121,7 @@ class Transport:
     def request(
         self, method: str, way: Way, *, headers: Mapping[str, str], data: Any, timeout: aiohttp.ClientTimeout
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        """Send a request, once, and open its response."""
+        """Open the response to a request. A POST is sent once, whatever becomes of it."""
         if self._session is None:
             # 0 is no limit: the worker's concurrency is the limit. A cookie would tie a model's calls to one another.
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=self._tls)
