@@ -86,13 +86,13 @@ begin
     select * into strict v_instance from instances as i where i.id = _freeze_instance.instance_id;
     select * into strict v_experiment from experiments as e where e.id = v_instance.experiment_id;
     -- a case or rubric that is being edited is waited for, and one edited later is refused
-    perform from cases as c where c.id in (select ic.case_id from instance_cases as ic where ic.instance_id = v_instance.id) for share;
-    perform from rubrics as r where r.case_id in (select ic.case_id from instance_cases as ic where ic.instance_id = v_instance.id) for share;
+    with locked as (
+        select c.id, c.digest from instance_cases as ic join cases as c on c.id = ic.case_id
+         where ic.instance_id = v_instance.id order by c.id for share of c)
     insert into run_cases (run_id, number, case_id, digest)
-    select _freeze_instance.run_id, row_number() over (order by c.id) - 1, c.id, c.digest
-      from instance_cases as ic join cases as c on c.id = ic.case_id
-     where ic.instance_id = v_instance.id;
+    select _freeze_instance.run_id, row_number() over (order by c.id) - 1, c.id, c.digest from locked as c;
     get diagnostics v_cases = row_count;
+    perform from rubrics as r where r.case_id in (select ic.case_id from instance_cases as ic where ic.instance_id = v_instance.id) for share;
     if v_cases = 0 then
         raise exception 'instance "%" has no cases', v_instance.name
             using errcode = 'PH003', hint = format('Add some: select pgharness.add_cases(%L, eligible => true);', v_instance.name);
@@ -135,6 +135,7 @@ create or replace function pgharness._freeze_rubrics(run_id bigint, instance tex
 as $$
 declare
     v_needs_target boolean;
+    v_found        bigint;
     v_lacking      text[];
 begin
     if exists (select from run_combinations as c where c.run_id = _freeze_rubrics.run_id and c.rubric_count > 0) then
@@ -142,12 +143,13 @@ begin
         select rc.run_id, rc.number, a.author_rank, a.rubric_id
           from run_cases as rc join accepted_rubrics as a on a.case_id = rc.case_id
          where rc.run_id = _freeze_rubrics.run_id and a.author_rank <= _freeze_rubrics.rubrics_per_case;
-        v_lacking := array(
-            select c.name from run_cases as rc join cases as c on c.id = rc.case_id
-             where rc.run_id = _freeze_rubrics.run_id
-               and (select count(*) from run_rubrics as rr where rr.run_id = rc.run_id and rr.case_number = rc.number) < rubrics_per_case
-             order by rc.number);
-        if cardinality(v_lacking) > 0 then
+        get diagnostics v_found = row_count;
+        if v_found < rubrics_per_case * (select count(*) from run_cases as rc where rc.run_id = _freeze_rubrics.run_id) then
+            v_lacking := array(
+                select c.name from run_cases as rc join cases as c on c.id = rc.case_id
+                 where rc.run_id = _freeze_rubrics.run_id
+                   and (select count(*) from run_rubrics as rr where rr.run_id = rc.run_id and rr.case_number = rc.number) < rubrics_per_case
+                 order by rc.number);
             raise exception '% of the cases of instance "%" lack accepted rubrics by % different human authors',
                             cardinality(v_lacking), instance, rubrics_per_case
                 using errcode = 'PH003', detail = 'For example: ' || array_to_string(v_lacking[1:5], ', '),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from secrets import token_hex
 from typing import Any
 
@@ -80,7 +81,7 @@ class Outline:
 
 
 class Prompt:
-    """A system and a user template, compiled once a run."""
+    """A system and a user template, compiled."""
 
     def __init__(self, kind: str, system: str, user: str) -> None:
         self._templates = [
@@ -113,6 +114,12 @@ class Prompt:
             if text.strip():
                 messages.append(Message("system" if role == "system" else "user", text))
         return tuple(messages)
+
+
+@lru_cache(maxsize=64)
+def prompt_of(kind: str, system: str, user: str) -> Prompt:
+    """Return the prompt of two templates, compiled once however many runs have them: that takes milliseconds."""
+    return Prompt(kind, system, user)
 
 
 def _renderer(name: str, text: str) -> Callable[[Mapping[str, Any]], str]:

@@ -1,6 +1,6 @@
 """Print what pgharness costs and carries, as ratios to baselines measured in the same run: see docs/performance.md.
 
-make bench                                 everything; about 25 minutes
+make bench                                 everything; about 40 minutes
 make bench ARGS='--quick'                  one sample each, smaller runs; about four minutes
 make bench ARGS='--only items,planning'    some figures; --only hedging is the table of docs/hedging.md
 make bench ARGS='--json bench-1.json'      every sample, as well

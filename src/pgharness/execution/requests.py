@@ -13,7 +13,7 @@ from pgharness.errors import InvalidOutput
 from pgharness.execution.items import Item
 from pgharness.gateway.calls import facts_for, reads_items
 from pgharness.grading import criteria_values, verdict_schema
-from pgharness.prompts import Outline, Prompt, case_facts, text_of
+from pgharness.prompts import Outline, Prompt, case_facts, prompt_of, text_of
 from pgharness.types import ItemKind, Message, Request
 
 _CACHED_INPUTS = 1_000
@@ -76,7 +76,7 @@ class Requests:
     def _prompt(self, kind: ItemKind) -> Prompt:
         if kind not in self._prompts:
             prompts = self._definition["prompts"]
-            self._prompts[kind] = Prompt(kind, prompts[f"{kind}_system"], prompts[kind])
+            self._prompts[kind] = prompt_of(kind, prompts[f"{kind}_system"], prompts[kind])
         return self._prompts[kind]
 
     def _inputs_of(self, item: Item, prompt: Prompt) -> _Inputs:

@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -49,6 +50,7 @@ class HostOptions:
 def main(pipe: Connection[Any, Any], options: HostOptions) -> None:
     """Run what comes over the pipe until it closes or says stop; the process ends here."""
     os.setsid()  # with the programs that it starts, so that they end together
+    sys.setswitchinterval(0.001)  # what code tells is written while it runs, and both want the interpreter
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()  # code may block the loop
     session: list[Session] = []
 

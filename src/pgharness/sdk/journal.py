@@ -17,7 +17,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
@@ -40,14 +40,33 @@ _COLUMNS = {"metric": {"value": "number"}, "progress": {"current": "position"}}
 
 @dataclass(slots=True)
 class _Entry:
+    """What is told, and as it is sent: made by who tells it, while the database writes what was told before."""
+
     run_id: int
     task: int
     attempt: int
     kind: str
     row: dict[str, Any]
     at: datetime
-    size: int
     ended: asyncio.Future[None] | None = None
+    text: str = field(init=False, default="")  # of all but artifacts, which are bytes
+
+    def __post_init__(self) -> None:
+        self.encode()
+
+    def encode(self) -> None:
+        """Make the text anew from the row."""
+        if self.kind == "log":
+            self.text = storable_json(_line(self))
+        elif self.kind == "end":
+            self.text = storable_json(self.row)
+        elif self.kind != "artifact":
+            self.text = storable_json(_row(self))
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes."""
+        return _ROW_BYTES + len(self.row["content"] if self.kind == "artifact" else self.text)
 
 
 class _Away(Exception):
@@ -79,13 +98,13 @@ class Journal:
 
     def tell(self, run_id: int, task: int, attempt: int, kind: str, row: dict[str, Any]) -> None:
         """Take what a task tells; waits while too much is still to be written."""
-        self._put(_Entry(run_id, task, attempt, kind, row, datetime.now(UTC), _size(row)))
+        self._put(_Entry(run_id, task, attempt, kind, row, datetime.now(UTC)))
 
     def end(self, run_id: int, task: int, attempt: int, outcome: dict[str, Any]) -> asyncio.Future[None]:
         """Take how a task ended; the future is done when that is written. Called in the loop."""
         ended = asyncio.get_running_loop().create_future()
         row = outcome | {"ordinal": task, "attempt": attempt}
-        self._put(_Entry(run_id, task, attempt, "end", row, datetime.now(UTC), _size(row), ended), is_urgent=True)
+        self._put(_Entry(run_id, task, attempt, "end", row, datetime.now(UTC), ended), is_urgent=True)
         return ended
 
     def flush(self, seconds: float) -> bool:
@@ -173,8 +192,8 @@ class Journal:
                 run_id=run_id,
                 teller=self._name,
                 number=next(self._numbers),
-                lines=storable_json([_line(entry) for entry in lines]),
-                rows=storable_json([_row(entry) for entry in rows]),
+                lines=_array(lines),
+                rows=_array(rows),
             )
         except _Away:
             raise
@@ -202,7 +221,7 @@ class Journal:
         logger.error("what a task of run %s told was refused: %s", told.run_id, error)
         if told.kind != "log":
             row = {"level": "error", "message": f"a {told.kind} was refused: {error}", "data": {}}
-            self._tell(told.run_id, [_Entry(told.run_id, told.task, told.attempt, "log", row, told.at, 0)], [])
+            self._tell(told.run_id, [_Entry(told.run_id, told.task, told.attempt, "log", row, told.at)], [])
 
     def _end(self, run_id: int, ends: list[_Entry]) -> None:
         try:
@@ -210,7 +229,7 @@ class Journal:
                 "record_tasks",
                 worker_id=self._worker_id,
                 run_id=run_id,
-                outcomes=storable_json([end.row for end in ends]),
+                outcomes=_array(ends),
             )
         except _Away:
             raise
@@ -225,6 +244,7 @@ class Journal:
                 return
             refused = {"status": "failed", "error": f"its result could not be recorded: {exc}", "is_final": True}
             end.row = refused | {"ordinal": end.task, "attempt": end.attempt}
+            end.encode()
             self._end(run_id, [end])
             return
         for end in ends:
@@ -258,6 +278,10 @@ class Journal:
             self._on_state(arguments["run_id"], found[0]["status"], found[0]["epoch"])
 
 
+def _array(entries: Iterable[_Entry]) -> str:
+    return f"[{','.join([entry.text for entry in entries])}]"
+
+
 def _line(entry: _Entry) -> list[Any]:
     row = entry.row
     return [entry.task, entry.attempt, row["level"], _text(row["message"]), row["data"], entry.at]
@@ -269,24 +293,6 @@ def _row(entry: _Entry) -> dict[str, Any]:
     if entry.kind == "metric" and not math.isfinite(row["number"]):
         row["number"] = str(row["number"])  # which JSON has no number for, and Postgres reads
     return row | {"kind": entry.kind, "task": entry.task, "attempt": entry.attempt, "created_at": entry.at}
-
-
-def _size(row: dict[str, Any]) -> int:
-    size = _ROW_BYTES
-    for value in row.values():
-        if isinstance(value, str | bytes):
-            size += len(value)
-        elif isinstance(value, dict | list) and value:
-            size += _length(value)
-    return size
-
-
-def _length(value: Any) -> int:
-    """Return about how long a value is as JSON."""
-    parts: Iterable[Any] = value.values() if isinstance(value, dict) else value
-    return sum(
-        len(part) if isinstance(part, str) else _length(part) if isinstance(part, dict | list) else 8 for part in parts
-    )
 
 
 def _text(text: str) -> str:
