@@ -314,7 +314,7 @@ begin
                         sum(s.total) / nullif(sum(s.scored_count), 0)::double precision as mean
                    from _note_sums(costs_per_correct.run_id) as s group by 1) as scored on scored.number = c.number
       -- of another threshold than theirs the sums do not know
-      left join (select note.ordinal % v_count as number, count(*) filter (where note.score >= threshold) as correct
+      left join (select note.ordinal % v_count as number, count(*) filter (where note.score >= threshold - 1e-9) as correct  -- as in _note_sums()
                    from (select g.note_ordinal as ordinal, avg(g.normalised_score) as score from grades as g
                           where g.run_id = costs_per_correct.run_id and threshold <> 0.5 group by 1) as note
                   group by 1) as counted on counted.number = c.number

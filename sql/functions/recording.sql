@@ -30,7 +30,7 @@ begin
         v_queued := '{}';
         v_runs := v_runs || v_run.id;
         v_before := v_before || _cost_usd(v_run);
-        v_hits := v_hits || _record_calls(record_outcomes.worker_id, v_run.id, v_mine);
+        v_hits := v_hits || _record_calls(record_outcomes.worker_id, v_run, v_mine);
         -- a group is small, so that each statement costs as much to begin as to do: those that are seldom needed are left out
         select bool_or(o.result = 'cancelled'), bool_or(o.result = 'failed'), bool_or(o.result = 'succeeded' and o.epoch < v_run.epoch)
           into v_cancelled, v_failing, v_late from unnest(v_mine) as o;
@@ -188,7 +188,7 @@ comment on function pgharness._retry_delay(double precision, double precision) i
 'Seconds until the next try: what the server asked for (at most a day), else the backoff (at most 5 minutes), with jitter.';
 
 drop function if exists pgharness._record_calls(bigint, bigint, pgharness.outcome[]);
-create or replace function pgharness._record_calls(worker_id bigint, run_id bigint, outcomes pgharness.outcome[]) returns bytea[]
+create or replace function pgharness._record_calls(worker_id bigint, run pgharness.runs, outcomes pgharness.outcome[]) returns bytea[]
     language sql volatile security definer set search_path = pgharness, pg_temp
 as $$
     with recorded as (
@@ -204,6 +204,8 @@ as $$
                model_id bigint, outcome text, error text, answer text, http_status integer, finish_reason text, request_id text, answered_by text,
                input_tokens integer, output_tokens integer, cached_tokens integer, cost_usd numeric, latency_ms double precision, started_at timestamptz,
                parent_started_at timestamptz, is_estimated boolean, composition jsonb, response_key bytea, saved_usd numeric)
+         -- one that had ended when its run was archived is sent again: it is in the archive
+         where coalesce(c.started_at + c.latency_ms * interval '1 ms' > (run).archived_at, true)
         on conflict on constraint calls_run_id_kind_ordinal_attempt_started_at_key do nothing
         returning kind, cost_usd, outcome, response_key
     ), spent as (
@@ -212,11 +214,11 @@ as $$
     ), paid as (
         update runs as r
            set note_cost_usd = r.note_cost_usd + spent.note, grade_cost_usd = r.grade_cost_usd + spent.grade
-          from spent where r.id = _record_calls.run_id and spent.note + spent.grade > 0
+          from spent where r.id = (run).id and spent.note + spent.grade > 0
     )
     select coalesce(array_agg(c.response_key), '{}') from recorded as c where c.outcome = 'cached';
 $$;
-comment on function pgharness._record_calls(bigint, bigint, pgharness.outcome[]) is
+comment on function pgharness._record_calls(bigint, pgharness.runs, pgharness.outcome[]) is
 'Store every call of a run''s outcomes, whatever became of its item, and add its cost to the run; returns the entries of the response cache that answered them.';
 
 create or replace function pgharness._count_calls() returns trigger

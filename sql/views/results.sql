@@ -183,7 +183,8 @@ select r.id as run_id, r.name as run, c.name as combination, s.author_a, s.autho
   from pgharness.runs as r
  cross join lateral (
        with pair as materialized (
-           select place.combination_number, a.author as author_a, b.author as author_b, a.author < b.author as is_sorted, p.*
+           -- which of two authors comes first among a case's rubrics differs between cases
+           select place.combination_number, least(a.author, b.author) as author_a, greatest(a.author, b.author) as author_b, p.note_count, p.products, p.differences, x.*
              from pgharness.run_definitions as d
             cross join pgharness._pair_sums(r.id) as p
             cross join lateral pgharness._note_place(d, p.cell) as place
@@ -191,16 +192,20 @@ select r.id as run_id, r.name as run, c.name as combination, s.author_a, s.autho
              join pgharness.rubrics as a on a.id = of_a.rubric_id
              join pgharness.run_rubrics as of_b on of_b.run_id = r.id and of_b.case_number = place.case_number and of_b.number = p.rubric_b
              join pgharness.rubrics as b on b.id = of_b.rubric_id
+            cross join lateral (
+                  select p.total_a, p.total_b, p.squares_a, p.squares_b, p.min_a, p.max_a, p.min_b, p.max_b where a.author < b.author
+                  union all
+                  select p.total_b, p.total_a, p.squares_b, p.squares_a, p.min_b, p.max_b, p.min_a, p.max_a where a.author >= b.author) as x
             where d.run_id = r.id
        )
-       select p.combination_number, least(p.author_a, p.author_b) as author_a, greatest(p.author_a, p.author_b) as author_b, sum(p.note_count)::bigint as note_count,
-              sum(case when p.is_sorted then p.total_a - p.total_b else p.total_b - p.total_a end) as difference, sum(p.differences) as differences,
+       select p.combination_number, p.author_a, p.author_b, sum(p.note_count)::bigint as note_count,
+              sum(p.total_a - p.total_b) as difference, sum(p.differences) as differences,
               sum(p.note_count)::double precision * sum(p.products) - sum(p.total_a) * sum(p.total_b) as products,
               sum(p.note_count)::double precision * sum(p.squares_a) - sum(p.total_a) ^ 2 as squares_a,
               sum(p.note_count)::double precision * sum(p.squares_b) - sum(p.total_b) ^ 2 as squares_b,
               min(p.min_a) < max(p.max_a) and min(p.min_b) < max(p.max_b) as is_varied
          from pair as p
-        group by p.combination_number, least(p.author_a, p.author_b), greatest(p.author_a, p.author_b)) as s
+        group by p.combination_number, p.author_a, p.author_b) as s
   join pgharness.run_combinations as c on c.run_id = r.id and c.number = s.combination_number;
 comment on view pgharness.author_agreement is
 'One row per run, combination and pair of rubric authors: how far notes graded by the rubrics of both get the same score (0..1; of several grades by one rubric the mean). Example: select * from pgharness.author_agreement where run_id = 1;';

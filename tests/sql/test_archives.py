@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
@@ -373,8 +374,8 @@ def test_a_call_that_ends_late_is_still_counted(story: Story) -> None:
                     "model_id": 5,
                     "outcome": "cancelled",
                     "cost_usd": 0.5,
-                    "latency_ms": 1,
-                    "started_at": "2026-02-01T00:00:00Z",
+                    "latency_ms": 60_000,
+                    "started_at": datetime.now(UTC).isoformat(),
                 }
             ],
         ),

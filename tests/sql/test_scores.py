@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from psycopg import Connection
 from pgharness import archiving
 from world import (
     Row,
+    add_cases,
     add_instance,
+    call,
     clear,
     failure,
     grade,
@@ -221,6 +224,54 @@ def test_a_grade_below_what_is_settled_opens_all_again(db: Database) -> None:
     work.compare()
 
 
+def test_authors_agree_whichever_of_them_comes_first_in_a_case(db: Database) -> None:
+    add_cases(db, 2, authors=("ann", "bob"))
+    db.execute(
+        "update pgharness.rubrics set validated_at = now() + case when (case_name, author) in"
+        " (('case-1', 'ann'), ('case-2', 'bob')) then interval '1 hour' else '0' end"
+    )
+    add_instance(db, cases=0, note_replications=4, rubrics_per_case=2)
+    db.execute("select pgharness.add_cases('trial', names => '{case-1,case-2}')")
+    run, worker = start(db), register(db)
+    record(db, worker, *(note(run, ordinal) for ordinal in range(8)))
+    for ordinal in range(8):
+        scores = {"ann": 10 + 5 * ordinal, "bob": 50 + 5 * ordinal + ordinal % 3}
+        authors = rows(
+            db,
+            "select r.author from pgharness.run_rubrics as rr join pgharness.rubrics as r on r.id = rr.rubric_id"
+            " where rr.case_number = %s order by rr.number",
+            ordinal % 2,
+        )
+        record(db, worker, *(grade(run, 2 * ordinal + k, *[scores[a["author"]]] * 2) for k, a in enumerate(authors)))
+    plain = """
+        select corr(a.normalised_score, b.normalised_score), avg(a.normalised_score - b.normalised_score)
+          from pgharness.grades as a join pgharness.rubrics as of_a on of_a.id = a.rubric_id and of_a.author = 'ann'
+          join pgharness.grades as b on b.run_id = a.run_id and b.note_ordinal = a.note_ordinal
+          join pgharness.rubrics as of_b on of_b.id = b.rubric_id and of_b.author = 'bob'"""
+    correlation, difference = next(iter(db.execute(plain)))
+    assert correlation > 0.99
+    view = "select correlation, mean_difference from pgharness.author_agreement where author_a = 'ann'"
+    for _ in range(2):
+        assert tuple(map(float, next(iter(db.execute(view))))) == pytest.approx((correlation, difference), abs=1e-4)
+        db.execute("select pgharness.settle_scores(least_grades => 1, least_replications => 1)")
+    assert run_of(db, run)["settled_notes"] == 8
+
+
+def test_a_mean_of_exactly_a_half_is_correct_in_any_order_of_addition(db: Database) -> None:
+    add_instance(db, cases=1, rubrics_per_case=1, note_replications=6, grade_replications=3)
+    run, worker = start(db), register(db)
+    for ordinal, scores in enumerate(permutations((12, 97, 41))):
+        record(db, worker, note(run, ordinal))
+        for k, score in enumerate(scores):
+            record(db, worker, grade(run, 3 * ordinal + k, score, score))
+    counts = "select correct_count from pgharness.cost_per_correct"
+    for _ in range(2):
+        assert value(db, counts) == 6
+        db.execute("select pgharness.settle_scores(least_grades => 1, least_replications => 1)")
+    assert run_of(db, run)["settled_notes"] == 6
+    assert value(db, "select correct_count from pgharness.costs_per_correct(%s, 0.5000000001)", run) == 6
+
+
 def test_the_oldest_worker_alive_settles(db: Database) -> None:
     work = Work(db)
     work.do(10_000)
@@ -295,6 +346,26 @@ def test_an_archived_run_leaves_no_sums_and_is_settled_when_it_is_back(
     work.compare()
     assert work.settle() == work.notes
     assert work.look(VIEWS) == {key: pytest.approx(number, abs=1.01e-4) for key, number in before.items()}
+
+
+def test_an_outcome_that_is_sent_again_after_its_run_was_archived_is_not_counted(
+    db: Database, shared_url: str, tmp_path: Path
+) -> None:
+    work = Work(db)
+    work.pending.remove(("note", 0))
+    work.made("note", 0)
+    again = note(work.run, 0, calls=[call(1)])
+    record(db, work.worker, again)
+    work.do(10_000)
+    work.do(10_000)
+    db.execute("update pgharness.workers set heartbeat_at = now() - interval '31 seconds'")
+    counted = "select run_count, call_count, cost_usd from pgharness.cost_by_model where model = 'simulator'"
+    before, cost = rows(db, counted), run_of(db, work.run)["note_cost_usd"]
+    done = archiving.archive_run(db, shared_url, str(work.run), tmp_path)
+    record(db, work.worker, again)
+    assert (rows(db, counted), run_of(db, work.run)["note_cost_usd"]) == (before, cost)
+    archiving.restore_run(db, done.path)
+    assert (rows(db, counted), orphans(db)) == (before, [])
 
 
 def test_a_settled_run_that_is_read_from_its_archive_shows_the_same(
