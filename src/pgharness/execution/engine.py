@@ -611,7 +611,9 @@ class Engine:
     def _is_short_of(self, run_id: int) -> bool:
         """Tell whether less of a run waits here than its share of the places, which those below it have no part in."""
         run = self._runs.get(run_id)
-        if self._waiting >= self._enough() + _MOST_NEWS:
+        enough = self._enough()
+        # a run that has its fill here gets no more of it, so what waits of it is no news
+        if sum(other.waiting for other in self._runs.values() if other.waiting < enough) >= enough + _MOST_NEWS:
             return False
         if run is None or not run.items:
             return True
