@@ -408,3 +408,25 @@ async def test_a_wait_that_a_provider_asked_of_one_worker_reaches_another_that_w
                     async with asyncio.timeout(0.5), there.slot(model):
                         await asyncio.sleep(0.05)
         await asyncio.gather(here.limits.close(), there.limits.close())
+
+
+async def test_a_run_that_starts_is_welcome_however_much_of_others_waits(lab: Any) -> None:
+    lab.simulator()
+    lab.instance("big", cases=10, generator="sim", note_replications=200)
+    lab.instance("small", cases=10, generator="sim", note_replications=200)
+    big, small = lab.start("big"), lab.start("small")
+    async with opened(lab, Calls(), concurrency=20) as engine:
+        work = [asyncio.create_task(engine.run_slice(sliced(big, 0, 1_499)))]
+        await until(lambda: engine.narrowed == {"except_runs": [big]})
+        engine.hear_news()
+        assert not engine.welcomes(big)
+        engine.hear_news()
+        assert engine.welcomes(small)
+        # but runs of which little waits are not taken without end
+        runs = [lab.start("small") for _ in range(70)]
+        work += [asyncio.create_task(engine.run_slice(sliced(run_id, 0, 17))) for run_id in runs]
+        await until(lambda: len(engine.open_runs) == 71 and sum(run.waiting for run in engine._runs.values()) > 2_500)
+        engine.hear_news()
+        assert not engine.welcomes(small)
+        engine.abort()
+        await asyncio.gather(*work, return_exceptions=True)
