@@ -8,6 +8,7 @@ database, so that no two workers can weigh differently.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,8 +23,8 @@ from pgharness.prompts import text_of
 
 TARGET_CRITERION = "The output agrees with the target."
 _PATTERN_SECONDS = 2.0
-# a sign after a word or a number is a hyphen or a range: the last number of "3-4 days" is 4
-_NUMBER = regex.compile(r"(?:(?<!\w)[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+# a sign after a word or a number is a hyphen or a range: the last number of "3-4 days" is 4; re's digits are float()'s
+_NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 class Verdict(TypedDict):

@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pgharness.errors import InvalidOutput, RequestRejected
@@ -209,6 +209,7 @@ def test_an_unknown_metric_is_refused_with_those_that_exist() -> None:
 
 
 @settings(deadline=None)
+@example("\U0001ccf0")  # a digit of a newer Unicode than Python's
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=3)))
 def test_every_output_that_a_program_can_give_is_scored(output: Any) -> None:
     assert score("exact_match", output, json.loads(json.dumps(output)) if output is not None else output) in (0, 1)
