@@ -4,12 +4,13 @@
 create or replace function pgharness._slice_size(items bigint, seconds double precision default null) returns integer
     language sql stable security invoker set search_path = pgharness, pg_temp
 as $$
-    select greatest(1, least(1000, greatest(ceil(items / 1000.0),
-                                            least(500, ceil(items / greatest(64.0, 8 * alive.workers)), ceil(10 * alive.concurrency / nullif(seconds, 0))))))::integer
+    select greatest(1, case when items > 500000 then least(1000, ceil(items / 1000.0))
+                            else least(500, greatest(ceil(items / 2000.0),
+                                                     least(ceil(items / greatest(64.0, 8 * alive.workers)), ceil(10 * alive.concurrency / nullif(seconds, 0))))) end)::integer
       from (select count(*) as workers, avg(w.concurrency) as concurrency from workers as w where w.status = 'running' and w.queues <> '{}') as alive;
 $$;
 comment on function pgharness._slice_size(bigint, double precision) is
-'How many items a slice holds, given how many there are and the seconds that one takes (null when unknown): small enough to spread a run over the workers alive and those to come, and not to keep one of them busy for more than 10 seconds; at most 500, for then the queue''s per-job cost does not show. Up to 1,000 when there would be over 1,000 slices, which a start has to queue.';
+'How many items a slice holds, given how many there are and the seconds that one takes (null when unknown): small enough to spread a run over the workers alive and those to come, and not to keep one of them busy for more than 10 seconds; at most 500, for then the queue''s per-job cost does not show, and more when there would be over 2,000 slices. Up to 1,000 of more than 500,000 items, for a start queues every slice.';
 
 create or replace function pgharness._item_seconds(run_id bigint, kind text) returns double precision
     language sql stable security invoker set search_path = pgharness, pg_temp

@@ -109,7 +109,7 @@ def test_what_waits_of_a_run_moves_in_the_queue_with_its_priority(tx: Database) 
 def test_a_slice_of_slow_calls_does_not_keep_a_worker_busy_for_long(tx: Database) -> None:
     register(tx)  # which has ten calls in flight at a time
     size = "select pgharness._slice_size(%s, %s)"
-    assert [value(tx, size, 32_000, seconds) for seconds in (None, 0.0, 0.1, 1.0, 60.0)] == [500, 500, 500, 100, 32]
+    assert [value(tx, size, 32_000, seconds) for seconds in (None, 0.0, 0.1, 1.0, 60.0)] == [500, 500, 500, 100, 16]
     assert value(tx, size, 3_000_000, 60.0) == 1000, "or the queue would hold a job a note"
 
 
